@@ -1,7 +1,10 @@
-"""Which methods there are, and which rows of the survey they fill.
+"""Which methods there are, which rows of the survey they fill, and what is known to work.
 
 Methods are found by importing the family packages: a class with a card, in a file of its own, is a method,
 and the stem of that file is its name. Nothing is registered by hand.
+
+Whether a row works is computed, never declared: one of its methods has passed conformance and has a measured
+claim, both with the code as it is now. These records travel inside the package (``records/<method>.json``).
 """
 
 from __future__ import annotations
@@ -9,16 +12,79 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import json
 import pkgutil
 import sys
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal
 
-from frugallm.errors import RecipeError, nearest
-from frugallm.method import Method, source_file
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from frugallm.errors import FrugalError, RecipeError, nearest
+from frugallm.method import Claim, Method, source_file
 
 FAMILIES = ("frugallm.compress",)
+RECORDS = Path(str(resources.files("frugallm"))) / "records"
+State = Literal["works", "preview", "planned"]
+
+
+class Row(BaseModel):
+    """One row of the survey: a paper, a category or a framework."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    section: str
+    kind: Literal["paper", "category", "framework"]
+    name: str
+    summary: str
+
+
+class Conformance(BaseModel):
+    """The conformance checks that a method has passed, when and with which versions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    passed: int
+    checks: tuple[str, ...]
+    date: str
+    versions: dict[str, str]
+
+
+class Record(BaseModel):
+    """What has been proved about one version of a method."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    version: str
+    conformance: Conformance | None = None
+    claim: Claim | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether conformance passed and a claim result, good or bad, is recorded."""
+        return self.conformance is not None and self.conformance.passed > 0 and self.claim is not None
+
+
+class MethodEntry(BaseModel):
+    """A method as the list of methods shows it."""
+
+    name: str
+    state: State
+    claim: dict[str, Any] | None
+
+
+class Entry(Row):
+    """A row with its state, its methods and the claim of its main method."""
+
+    state: State
+    methods: tuple[MethodEntry, ...]
+    claim: dict[str, Any] | None
 
 
 @cache
@@ -128,3 +194,90 @@ def _load_file(path: Path) -> type[Method]:
             f"{path} holds no method", "A method is a class with a card; 'frugal new' writes one"
         )
     return method
+
+
+@cache
+def rows() -> tuple[Row, ...]:
+    """Return the rows of the survey in its order."""
+    text = resources.files("frugallm").joinpath("catalogue.yaml").read_text(encoding="utf-8")
+    return tuple(
+        Row(section=part["section"], kind=part["kind"], **row)
+        for part in yaml.safe_load(text)
+        for row in part["rows"]
+    )
+
+
+def survey(section: str = "") -> list[Entry]:
+    """Return the rows whose section contains ``section``, each with its state and methods.
+
+    Raises
+    ------
+    FrugalError
+        If no section contains that text.
+    """
+    chosen = [row for row in rows() if section.lower() in row.section.lower()]
+    if not chosen:
+        sections = dict.fromkeys(row.section for row in rows())
+        raise FrugalError(f"the survey has no section '{section}'", nearest(section, sections))
+    by_row: dict[str, list[MethodEntry]] = {}
+    for name, method in methods().items():
+        by_row.setdefault(method.card.row, []).append(method_entry(name, method))
+    return [_entry(row, by_row.get(row.id, [])) for row in chosen]
+
+
+def unlisted() -> list[MethodEntry]:
+    """Return the methods that fill no row: baselines and necessary parts."""
+    return [method_entry(name, method) for name, method in methods().items() if not method.card.row]
+
+
+def method_entry(name: str, method: type[Method]) -> MethodEntry:
+    """Return a method's state and claim from its record, if that is of the current version."""
+    record = read_record(name)
+    current = record is not None and record.version == method.version()
+    state: State = "works" if current and record is not None and record.complete else "preview"
+    claim = record.claim if current and record is not None else None
+    return MethodEntry(name=name, state=state, claim=None if claim is None else _plain_claim(claim))
+
+
+def _entry(row: Row, entries: list[MethodEntry]) -> Entry:
+    ordered = sorted(entries, key=lambda e: (e.state != "works", e.name))  # the main method first
+    state: State = ordered[0].state if ordered else "planned"
+    claim = ordered[0].claim if ordered else None
+    return Entry(**row.model_dump(), state=state, methods=tuple(ordered), claim=claim)
+
+
+def _plain_claim(claim: Claim) -> dict[str, Any]:
+    hidden = {"details"} if claim.passed is False else {"details", "reason"}
+    return claim.model_dump(mode="json", exclude=hidden)
+
+
+def read_record(name: str, folder: Path | None = None) -> Record | None:
+    """Return what is recorded about the method ``name``, of whatever version, or nothing."""
+    path = (folder or RECORDS) / f"{name}.json"
+    return Record.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def write_record(
+    method: type[Method],
+    conformance: Conformance | None = None,
+    claim: Claim | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Record what was found about the current version of a method.
+
+    The part that is not given is kept if it was found with the same version, and dropped otherwise.
+    """
+    old = read_record(method.name(), folder)
+    kept = old if old is not None and old.version == method.version() else None
+    record = Record(
+        method=method.name(),
+        version=method.version(),
+        conformance=conformance or (kept.conformance if kept else None),
+        claim=claim or (kept.claim if kept else None),
+    )
+    path = (folder or RECORDS) / f"{method.name()}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    return path
