@@ -1,0 +1,234 @@
+"""A GGUF file of the llama architecture as a plain ``transformers`` checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.quants import dequantize
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from frugallm.errors import ModelError
+from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.family import family_of
+from frugallm.models.gguf_reader import GGUFData
+from frugallm.models.gguf_tokenizer import build_tokenizer, token_id, tokenizer_files
+
+TOP = {
+    "token_embd": "model.embed_tokens",
+    "output": "lm_head",
+    "output_norm": "model.norm",
+}
+IN_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+BLOCK = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
+LARGEST = 2**31  # no width or count of a real model is larger; beyond it sizes overflow
+
+
+class GGUFFile(Checkpoint):
+    """A GGUF file, mapped into memory; each tensor is dequantized when it is read.
+
+    Parameters
+    ----------
+    license
+        Text of the model's license, where one is at hand; it travels along as ``LICENSE``.
+    """
+
+    config_source = "its metadata"
+
+    def __init__(self, path: str | Path, name: str | None = None, license: bytes | None = None) -> None:
+        self.path = Path(path)
+        self.name = name or str(path)
+        self._license = license
+        self._data = GGUFData(self.path)
+        self._stored = _transformers_names(self._data)
+        self.config = _config(self._data)
+        self.family = family_of(self.config)
+        for kind in {self._data.tensors[stored].kind for stored in self._stored.values()}:
+            _check_type(kind, self.path)
+
+    def names(self) -> list[str]:  # noqa: D102
+        return sorted(self._stored)
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        if name not in self._stored:
+            raise ModelError(f"{self.name}: there is no tensor '{name}'")
+        return self._data.tensors[self._stored[name]].shape
+
+    def where(self, name: str) -> str:  # noqa: D102
+        return str(self.path)
+
+    def digest(self) -> str:  # noqa: D102
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        with self.path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def companions(self) -> dict[str, bytes]:  # noqa: D102
+        files = tokenizer_files(self.tokenizer)
+        files["generation_config.json"] = (json.dumps(self.generation(), indent=2) + "\n").encode()
+        if self._license is not None:
+            files["LICENSE"] = self._license
+        return files
+
+    def generation(self) -> dict[str, Any]:
+        """Return the ids of the tokens that begin, end and pad a text."""
+        ids = {f"{role}_token_id": getattr(self.config, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+        return {key: number for key, number in ids.items() if number is not None}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """License id and name of the model as the file gives them."""
+        facts = {"name": "general.name", "license": "general.license"}
+        return {
+            key: str(self._data.metadata[source])
+            for key, source in facts.items()
+            if source in self._data.metadata
+        }
+
+    def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
+        stored = self._stored[name]
+        info = self._data.tensors[stored]
+        raw = self._data.raw(stored)
+        if len(info.shape) == 1:  # a vector is one row of bytes: its "rows" are elements
+            return self._dequantize(raw, stored).reshape(info.shape)[start:stop].clone()
+        order = self._row_order(name, info.row_count)
+        raw = raw[start:stop] if order is None else raw[order[start:stop]]
+        return self._dequantize(raw, stored).reshape(-1, *info.shape[1:])
+
+    def _dequantize(self, raw: np.ndarray, stored: str) -> Tensor:
+        with np.errstate(all="ignore"):  # what overflows is found by the check for NaN and infinite values
+            values = dequantize(raw, self._data.tensors[stored].kind)
+        return torch.from_numpy(np.array(values, dtype=np.float32, copy=not values.flags.owndata))
+
+    def _row_order(self, name: str, rows: int) -> np.ndarray | None:
+        """Say which stored row is which row of ``transformers``.
+
+        GGUF keeps the two halves of each rotary pair in q and k side by side (rows ``2i, 2i+1`` of a head),
+        ``transformers`` half a head apart (rows ``i, i + d/2``).
+        """
+        heads = {
+            "q_proj": self.config.num_attention_heads,
+            "k_proj": self.config.num_key_value_heads,
+        }.get(name.split(".")[-2])
+        if heads is None:
+            return None
+        if rows % (2 * heads):
+            raise ModelError(f"{self.path}: {name} has {rows} rows, which {heads} heads cannot share")
+        return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(-1)
+
+    def _load_tokenizer(self) -> Any:
+        return build_tokenizer(self._data.metadata, self.path)
+
+
+def _check_type(kind: Any, path: Path) -> None:
+    from gguf.constants import GGML_QUANT_SIZES
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{path} holds tensors of type {kind.name}, which the gguf package cannot read"
+        ) from error
+
+
+def _transformers_names(data: GGUFData) -> dict[str, str]:
+    """Map the state-dict name of each tensor to its name in the file."""
+    found = {}
+    for stored in data.tensors:
+        stem, _, kind = stored.rpartition(".")
+        if stem in TOP:
+            found[f"{TOP[stem]}.{kind}"] = stored
+        elif (match := BLOCK.fullmatch(stored)) and match[2] in IN_BLOCK:
+            found[f"model.layers.{int(match[1])}.{IN_BLOCK[match[2]]}.{match[3]}"] = stored
+        elif stem == "rope_freqs":
+            raise ModelError(
+                f"{data.path} scales its rotary frequencies (rope_freqs.weight), which is not read from GGUF",
+                "Use the model's safetensors folder",
+            )
+        else:
+            raise ModelError(f"{data.path}: tensor '{stored}' has no place in a llama model")
+    return found
+
+
+def _config(data: GGUFData) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import LlamaConfig
+
+    metadata, path = data.metadata, data.path
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
+        raise ModelError(f"{path}: architecture '{architecture}' is not read from GGUF", "Supported: llama")
+    if metadata.get("split.count", 1) not in (0, 1):
+        raise ModelError(
+            f"{path} is one part of a split model", "Merge the parts with llama.cpp's gguf-split"
+        )
+    if metadata.get("llama.rope.scaling.type", "none") != "none":
+        raise ModelError(f"{path} scales its rotary frequencies, which is not read from GGUF")
+    heads, width = _count(data, "attention.head_count"), _count(data, "embedding_length")
+    head_dim = _count(data, "attention.key_length", width // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if _count(data, key, head_dim) != head_dim:
+            raise ModelError(
+                f"{path}: {key} is {_count(data, key)}, heads are {head_dim} wide", "Use another model"
+            )
+    if "token_embd.weight" not in data.tensors:
+        raise ModelError(f"{path}: token_embd.weight is missing", "Fetch it again")
+    try:
+        return LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            hidden_size=width,
+            intermediate_size=_count(data, "feed_forward_length"),
+            num_hidden_layers=_count(data, "block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=_count(data, "attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=_count(data, "context_length"),
+            vocab_size=data.tensors["token_embd.weight"].shape[0],
+            rms_norm_eps=_real(data, "attention.layer_norm_rms_epsilon", 1e-5),
+            rope_parameters={"rope_type": "default", "rope_theta": _real(data, "rope.freq_base", 10000.0)},
+            attention_bias="blk.0.attn_q.bias" in data.tensors,
+            mlp_bias="blk.0.ffn_up.bias" in data.tensors,
+            tie_word_embeddings="output.weight" not in data.tensors,
+            bos_token_id=token_id(metadata, "bos", path),
+            eos_token_id=token_id(metadata, "eos", path),
+            pad_token_id=token_id(metadata, "padding", path),
+        )
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ModelError(f"{path}: its metadata describes no llama model ({error})") from error
+
+
+def _count(data: GGUFData, key: str, default: int | None = None) -> int:
+    value = data.metadata.get(f"llama.{key}", default)
+    if type(value) is not int or not 1 <= value < LARGEST:
+        raise ModelError(
+            f"{data.path}: llama.{key} is {value!r}, expected a positive whole number", "Fetch it again"
+        )
+    return value
+
+
+def _real(data: GGUFData, key: str, default: float) -> float:
+    value = data.metadata.get(f"llama.{key}", default)
+    if type(value) is not float or not 0 < value < float("inf"):
+        raise ModelError(
+            f"{data.path}: llama.{key} is {value!r}, expected a positive number", "Fetch it again"
+        )
+    return float(str(np.float32(value)))  # 1e-5, which the file keeps as 9.999999747e-06

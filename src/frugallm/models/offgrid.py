@@ -1,0 +1,103 @@
+"""The same function with other weights: weights that no longer lie on the grid of the file they came from.
+
+Quality figures of 4-bit methods mean nothing on a model that was unpacked from 4-bit weights: a method that
+finds the old grid again is lossless by construction. Here block norm gains are folded into the linears that
+read them, and seeded scales are moved between linears that feed each other: the logits stay, the grid goes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugallm.compress.quantize.transforms import repeat_over_group, scale_columns, scale_rows
+from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.family import Site
+
+WIDEST = 2.0  # scales lie in [1 / WIDEST, WIDEST]
+
+
+class Offgrid(Checkpoint):
+    """Another checkpoint's function, computed tensor by tensor as it is read (in float32).
+
+    Parameters
+    ----------
+    base
+        Any checkpoint with a described family.
+    seed
+        Chooses the scales.
+    """
+
+    def __init__(self, base: Checkpoint, seed: int = 0) -> None:
+        self.name = f"{base.name}-offgrid"
+        self.config = base.config
+        self.family = base.family
+        self.config_source = base.config_source
+        self._base = base
+        self._seed = seed
+        self._in_block = re.compile(re.escape(self.family.blocks) + r"\.(\d+)\.(.+)\.(weight|bias)")
+
+    def names(self) -> list[str]:  # noqa: D102
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return self._base.shape(name)
+
+    def where(self, name: str) -> str:  # noqa: D102
+        return self._base.where(name)
+
+    def digest(self) -> str:  # noqa: D102
+        return hashlib.sha256(f"offgrid seed {self._seed} of {self._base.digest()}".encode()).hexdigest()
+
+    def companions(self) -> dict[str, bytes]:  # noqa: D102
+        return self._base.companions()
+
+    def generation(self) -> dict[str, Any] | None:  # noqa: D102
+        return self._base.generation()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the base knows."""
+        return self._base.metadata
+
+    def _load_tokenizer(self) -> Any:
+        return self._base.tokenizer
+
+    def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
+        match = self._in_block.fullmatch(name)
+        if match is None:
+            return self._base._read(name, start, stop)
+        index, module, kind = int(match[1]), match[2], match[3]
+        tensor = self._base.tensor(name).float()
+        for site in self.family.sites:
+            if module in site.linears and kind == "weight":
+                tensor = scale_columns(tensor, self._reads(site, index))
+            if module == site.writer:
+                tensor = (
+                    torch.ones_like(tensor)
+                    if site.writer_kind == "norm"
+                    else scale_rows(tensor, self._scale(site, index))
+                )
+        return tensor[start:stop].clone()
+
+    def _reads(self, site: Site, index: int) -> Tensor:
+        """Return what the columns of a site's linears are multiplied by, ``(in,)``."""
+        if site.writer_kind == "norm":
+            return self._base.tensor(f"{self.family.block(index)}.{site.writer}.weight").float()
+        scale = self._scale(site, index)
+        if site.writer_kind == "heads":
+            repeats = self.config.num_attention_heads // self.config.num_key_value_heads
+            return repeat_over_group(scale, self.config.head_dim, repeats)
+        return scale
+
+    def _scale(self, site: Site, index: int) -> Tensor:
+        """Draw the scale of a writing linear's rows, log-uniform, equal whenever it is asked for."""
+        rows = self.shape(f"{self.family.block(index)}.{site.writer}.weight")[0]
+        place = hashlib.sha256(f"{self._seed} {index} {site.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "big"))
+        return torch.exp((torch.rand(rows, generator=generator) * 2 - 1) * math.log(WIDEST))

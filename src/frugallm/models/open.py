@@ -1,0 +1,158 @@
+"""From what a user writes to a checkpoint, or to a plain ``transformers`` model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from frugallm.errors import ModelError
+from frugallm.models.checkpoint import Checkpoint, meta_model
+from frugallm.models.default_model import locate
+from frugallm.models.gguf_file import GGUFFile
+from frugallm.models.in_memory import InMemory
+from frugallm.models.offgrid import Offgrid
+from frugallm.models.safetensors_folder import (
+    SafetensorsFolder,
+    load_tokenizer,
+    open_safetensors,
+    parse_config,
+    read_config,
+    weight_files,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    Source = str | Path | PreTrainedModel | Checkpoint
+
+OFFGRID = "-offgrid"
+
+
+def open_checkpoint(model: Source, tokenizer: Any = None) -> Checkpoint:
+    """Open the weights of a model and check that they fit their configuration.
+
+    Parameters
+    ----------
+    model
+        A folder, a GGUF file, a name (``"smollm2-135m"`` or one on the Hugging Face hub), any of these with
+        ``-offgrid`` behind it, a loaded model, or a checkpoint.
+    tokenizer
+        Tokenizer of a loaded model.
+
+    Raises
+    ------
+    ModelError
+        If the model cannot be found, read or understood, or is compressed already.
+    """
+    from transformers import PreTrainedModel
+
+    if isinstance(model, Checkpoint):
+        return model
+    if isinstance(model, PreTrainedModel):
+        checkpoint: Checkpoint = InMemory(model, tokenizer)
+    elif not isinstance(model, (str, Path)):
+        raise ModelError(f"a model must be a name, a path or a loaded model, got {type(model).__name__}")
+    elif str(model).endswith(OFFGRID) and not Path(model).exists():
+        return Offgrid(open_checkpoint(str(model).removesuffix(OFFGRID)))
+    else:
+        found = locate(model)
+        name = str(model)
+        if found.path.is_dir():
+            checkpoint = SafetensorsFolder(found.path, name)
+        else:
+            checkpoint = GGUFFile(check_gguf(found.path), name, found.license)
+    checkpoint.validate()
+    return checkpoint
+
+
+def check_gguf(path: Path) -> Path:
+    """Check that a file is GGUF by name and content, and say what it is otherwise."""
+    try:
+        with path.open("rb") as stream:
+            magic = stream.read(4) == b"GGUF"
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
+    if magic and path.suffix != ".gguf":
+        raise ModelError(f"{path} is a GGUF file by its content", "Rename it to .gguf")
+    if not magic and path.suffix == ".gguf":
+        raise ModelError(f"{path} is not a GGUF file by its content", "Fetch it again, or give its true name")
+    if not magic and path.suffix == ".safetensors":
+        raise ModelError(f"{path} is a file of weights alone", "Give the folder that also holds config.json")
+    if not magic:
+        raise ModelError(
+            f"{path} is no model file", "Give a .gguf file or a Hugging Face folder with safetensors"
+        )
+    return path
+
+
+def load(model: Source, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """Load anything as a plain ``transformers`` model on the CPU, with its tokenizer.
+
+    A compressed folder, or one of a family that has no description, is left to ``transformers`` alone.
+    """
+    if isinstance(model, (str, Path)) and not str(model).endswith(OFFGRID):
+        found = locate(model)
+        if found.path.is_dir() and _for_transformers(found.path):
+            return load_plain(found.path, dtype), load_tokenizer(found.path)
+    checkpoint = open_checkpoint(model)
+    return dense_model(checkpoint, dtype), checkpoint.tokenizer
+
+
+def dense_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Fill a plain ``transformers`` model from a checkpoint: for use, without gradients."""
+    model = meta_model(checkpoint, dtype)
+    state = {name: checkpoint.tensor(name).to(dtype) for name in checkpoint.names()}
+    model.load_state_dict(
+        state, strict=False, assign=True
+    )  # names were checked against the same configuration
+    model.tie_weights()
+    # Rotary frequencies are no part of a state dict: built again, as on the meta device they have no values.
+    path, _, leaf = checkpoint.family.rotary.rpartition(".")
+    rotary = type(model.get_submodule(checkpoint.family.rotary))
+    setattr(model.get_submodule(path), leaf, rotary(config=model.config))
+    empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if empty:
+        raise ModelError(
+            f"{checkpoint.name}: nothing fills {empty[0]}", "Open it with open_checkpoint, which checks"
+        )
+    model.generation_config = _generation_config(checkpoint, model)
+    return model.requires_grad_(False).eval()
+
+
+def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a folder with ``transformers`` alone: local files, safetensors, no remote code."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    for file in weight_files(folder):
+        open_safetensors(folder / file)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ModelError(f"{folder} cannot be loaded by transformers ({error})") from error
+    return model.requires_grad_(False).eval()
+
+
+def _for_transformers(folder: Path) -> bool:
+    from frugallm.models.family import FAMILIES
+
+    raw = read_config(folder)
+    parse_config(raw, folder / "config.json")
+    known = {kind for family in FAMILIES for kind in family.model_types}
+    return "quantization_config" in raw or raw["model_type"] not in known
+
+
+def _generation_config(checkpoint: Checkpoint, model: PreTrainedModel) -> Any:
+    from transformers import GenerationConfig
+
+    stored = checkpoint.generation()
+    if stored is None:
+        return model.generation_config
+    try:
+        return GenerationConfig.from_dict(stored)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{checkpoint.name}: generation_config.json cannot be read ({error})") from error
