@@ -1,0 +1,128 @@
+"""The contract of post-training compression: what a method of this family writes, and what the walk does for it.
+
+A :class:`BlockMethod` works on decoder blocks. It may have two verbs and writes the one that its paper is about:
+
+``rewrite(block, statistics)``
+    Change the block without changing its function. Statistics are those of the block as it is before.
+``solve(weight, scheme, statistics)``
+    Choose the stored values of one weight ``(out, in)``. The walk calls it site by site in the order of computation,
+    with statistics of inputs that have passed through everything stored so far. Rows are independent of each other,
+    so linears that share an input are solved as one weight.
+
+A :class:`TableMethod` works on the embedding and the head, by rows. The walk owns everything else: loading, forwards,
+statistics, writing, progress, resume.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from frugallm.errors import ParameterError
+from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor, WeightScheme
+from frugallm.method import Method
+
+if TYPE_CHECKING:
+    from frugallm.walk.block import Block
+
+GROUP_SIZES = (128, 64, 32, 16)
+MIN_GROUP = 16
+
+
+class BlockMethod(Method):
+    """A method that works on one decoder block at a time."""
+
+    rewrite_needs: ClassVar[frozenset[str]] = frozenset()
+    solve_needs: ClassVar[frozenset[str]] = frozenset()
+    #: "step": the recipe's answer for its linears; "default": used where no later step solves them; "no": never.
+    solves: ClassVar[Literal["step", "default", "no"]] = "no"
+
+    skip: tuple[str, ...] = Field((), description="name patterns of linears to leave as they are")
+    only: tuple[str, ...] = Field((), description="name patterns of the linears to work on; empty: all")
+
+    def touches(self, name: str) -> bool:
+        """Whether this step works on the linear of that full name."""
+        wanted = not self.only or any(fnmatch.fnmatchcase(name, p) for p in self.only)
+        return wanted and not any(fnmatch.fnmatchcase(name, p) for p in self.skip)
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether this method has a ``rewrite`` verb."""
+        return type(self).rewrite is not BlockMethod.rewrite
+
+    def weights(self, widths: Mapping[str, int]) -> WeightScheme | None:
+        """Return how the weights of linears with these input widths are to be stored."""
+        return None
+
+    def activations(self, name: str) -> ActivationScheme | None:
+        """Return how the input of the linear of that name is to be rounded at run time, if at all."""
+        return None
+
+    def rewrite(self, block: Block, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Change ``block`` without changing its function; ``statistics`` by site name."""
+        raise NotImplementedError
+
+    def solve(self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]) -> QuantizedTensor:
+        """Return the stored form of ``weight`` ``(out, in)`` float32."""
+        raise NotImplementedError
+
+
+class TableMethod(Method):
+    """A method that works on the embedding and the head, ``(vocabulary, width)``, by rows."""
+
+    def weights(self, widths: Mapping[str, int]) -> WeightScheme:
+        """Return how tables of these widths are to be stored."""
+        raise NotImplementedError
+
+    def solve(self, rows: Tensor, scheme: WeightScheme) -> QuantizedTensor:
+        """Return the stored form of some rows ``(rows, width)`` float32."""
+        raise NotImplementedError
+
+
+def fitting_group_sizes(widths: Mapping[str, int]) -> list[int]:
+    """Return the group sizes from 16 up that divide every width."""
+    common = math.gcd(*widths.values())
+    return [g for g in range(MIN_GROUP, common + 1) if common % g == 0 and g % 8 == 0]
+
+
+def resolve_group_size(method: str, group_size: int | None, widths: Mapping[str, int]) -> int | None:
+    """Return the group size to use for linears of these input widths (name to width).
+
+    ``None`` means the default: 128 where every width allows it, otherwise the largest of 64, 32, 16 that divides them
+    all; ``-1`` means one scale a row.
+
+    Returns
+    -------
+    int or None
+        Columns per scale, ``None`` for the whole row.
+
+    Raises
+    ------
+    ParameterError
+        If an explicit size does not divide a width, or no default does.
+    """
+    if group_size == -1:
+        return None
+    fitting = fitting_group_sizes(widths)
+    if group_size is None:
+        for size in GROUP_SIZES:
+            if all(w % size == 0 for w in widths.values()):
+                return size
+        name, width = min(widths.items(), key=lambda item: math.gcd(item[1], GROUP_SIZES[0]))
+        raise ParameterError(
+            f"{method}: no group size from 16 up divides every width ({name} has {width} inputs)",
+            "Use group_size=-1 (one scale a row), or skip that linear",
+        )
+    for name, width in widths.items():
+        if width % group_size:
+            sizes = ", ".join(map(str, fitting)) or "none"
+            raise ParameterError(
+                f"{method}: group_size {group_size} does not divide the {width} inputs of {name}",
+                f"Sizes that fit: {sizes}; -1 is one scale a row",
+            )
+    return group_size

@@ -1,0 +1,148 @@
+"""Integer grids: where the representable values lie, and the nearest of them. Tensors in, tensors out.
+
+A weight ``(out, in)`` is cut into groups of consecutive columns; group ``g`` of row ``r`` has a scale ``s`` and, when the
+grid is asymmetric, a zero point ``z``; code ``q`` stands for ``s (q - z)``. Scales are rounded to the type in which they
+are stored *before* any code is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
+
+Search = Literal["none", "mse"]
+
+
+def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
+    """View ``(out, in)`` as ``(out, groups, columns)``."""
+    return weight.view(weight.shape[0], -1, scheme.columns_per_scale(weight.shape[1]))
+
+
+def stored(scale: Tensor, scheme: WeightScheme) -> Tensor:
+    """Round scales to the type they are stored in; a group of zeros gets scale 1."""
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale.to(getattr(torch, scheme.scale_dtype))
+
+
+def fit_symmetric(weight: Tensor, scheme: WeightScheme) -> Tensor:
+    """Return scales ``(out, groups)`` that map the largest magnitude of a group to ``(2^b - 1) / 2`` codes."""
+    extreme = grouped(weight, scheme).abs().amax(-1)
+    return stored(extreme / ((2**scheme.bits - 1) / 2), scheme)
+
+
+def fit_asymmetric(weight: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    """Return scales and zero points ``(out, groups)`` that cover each group's range, zero included."""
+    values = grouped(weight, scheme)
+    low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+    return _asymmetric(low, high, scheme)
+
+
+def _asymmetric(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    first, last = scheme.code_range
+    scale = stored((high - low) / (last - first), scheme)
+    zero = torch.round(first - low / scale.float()).clamp(first, last)
+    return scale, zero.to(torch.int8)
+
+
+def fit(
+    weight: Tensor, scheme: WeightScheme, search: Search = "none", importance: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Choose scale and zero point of every group.
+
+    Parameters
+    ----------
+    weight
+        ``(out, in)`` float32.
+    search
+        ``"none"``: the group's range. ``"mse"``: of a list of candidate ranges the one with the least squared rounding
+        error; symmetric candidates come with either sign, so that the extreme value may use the one extra code at
+        ``-2^(b-1)``, at no cost.
+    importance
+        ``(in,)`` weights of the squared error, for instance the mean square of each input channel.
+
+    Returns
+    -------
+    tuple
+        ``scale (out, groups)`` in the stored type and ``zero (out, groups)`` int8 or ``None``.
+    """
+    if search == "mse":
+        return _search(weight, scheme, importance)
+    if scheme.symmetric:
+        return fit_symmetric(weight, scheme), None
+    return fit_asymmetric(weight, scheme)
+
+
+def _candidates(weight: Tensor, scheme: WeightScheme) -> list[tuple[Tensor, Tensor | None]]:
+    values = grouped(weight, scheme)
+    shrink = torch.linspace(0.6, 1.0, 17).tolist()
+    if not scheme.symmetric:
+        low, high = values.amin(-1).clamp(max=0), values.amax(-1).clamp(min=0)
+        return [_asymmetric(p * low, p * high, scheme) for p in shrink]
+    index = values.abs().argmax(-1, keepdim=True)
+    extreme = values.gather(-1, index)[..., 0]
+    half = 2 ** (scheme.bits - 1)
+    # The signed extreme on code -half: the scale carries the opposite sign.
+    signed = [(stored(-extreme * p / half, scheme), None) for p in shrink]
+    return [*signed, (fit_symmetric(weight, scheme), None)]
+
+
+def _search(
+    weight: Tensor, scheme: WeightScheme, importance: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    values = grouped(weight, scheme)
+    cost = None if importance is None else importance.view(-1, values.shape[-1])  # (groups, columns)
+    best = torch.full(values.shape[:2], torch.inf)
+    scale, zero = torch.empty(0), None
+    for s, z in _candidates(weight, scheme):
+        loss = _rounding_loss(values, s, z, scheme, cost)
+        better = loss < best
+        best = torch.where(better, loss, best)
+        scale = s if scale.numel() == 0 else torch.where(better, s, scale)
+        if z is not None:
+            zero = z if zero is None else torch.where(better, z, zero)
+    return scale, zero
+
+
+def _rounding_loss(
+    values: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightScheme, cost: Tensor | None
+) -> Tensor:
+    """Return the squared rounding error of each group, ``(out, groups)``, of ``values (out, groups, columns)``."""
+    step = scale.float()[..., None]
+    exact = values / step
+    shift = 0.0 if zero is None else zero.float()[..., None]
+    low, high = scheme.code_range
+    nearest = exact.round().clamp_(low - shift, high - shift)
+    error = nearest.sub_(exact).square_()
+    if cost is not None:
+        error.mul_(cost)
+    return error.sum(-1) * step[..., 0].square()
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightScheme) -> Tensor:
+    """Return the nearest codes, ``(out, in)`` int8, of ``weight`` ``(out, in)``."""
+    values = weight.view(weight.shape[0], scale.shape[1], -1) / scale.float()[..., None]
+    values = values.round_()
+    if zero is not None:
+        values = values + zero.float()[..., None]
+    return values.clamp_(*scheme.code_range).view_as(weight).to(torch.int8)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Return the values, ``(out, in)`` float32, that ``codes`` stand for."""
+    values = codes.view(codes.shape[0], scale.shape[1], -1).float()
+    if zero is not None:
+        values = values - zero.float()[..., None]
+    return (values * scale.float()[..., None]).view(codes.shape)
+
+
+def round_to_nearest(
+    weight: Tensor, scheme: WeightScheme, search: Search = "none", importance: Tensor | None = None
+) -> QuantizedTensor:
+    """Store every weight at its nearest grid value."""
+    weight = weight.float().contiguous()
+    scale, zero = fit(weight, scheme, search, importance)
+    return QuantizedTensor(encode(weight, scale, zero, scheme), scale, zero, scheme)

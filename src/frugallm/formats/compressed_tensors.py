@@ -1,0 +1,143 @@
+"""The compressed-tensors format: how quantized linears lie in a Hugging Face folder.
+
+============== ======================== ===================================================================================
+container      used for                 tensors of a linear ``<p>``
+============== ======================== ===================================================================================
+pack-quantized weight-only linears      ``weight_packed`` int32 ``(out, ceil(in b / 32))``, ``weight_scale (out, groups)``,
+                                        ``weight_shape`` int64 ``[out, in]``; asymmetric: ``weight_zero_point`` int32
+                                        ``(ceil(out b / 32), groups)``
+int-quantized  linears with rounded     ``weight`` int8 ``(out, in)``, ``weight_scale (out, 1)`` float32; static inputs:
+               inputs                   ``input_scale (1,)`` float32
+naive-         embedding and head in    ``weight`` int8 ``(vocabulary, width)``, ``weight_scale``; a tied head has a scale of
+quantized      8 bits                   its own name and shares the weight
+============== ======================== ===================================================================================
+
+Codes are stored unsigned, ``code + 2^(b-1)``, as a little-endian bit stream along each row. Packing is left to the
+``compressed-tensors`` package, so that what is written is what it reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugallm.compress.plan import Plan
+from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
+from frugallm.models.family import Family
+
+
+def container(scheme: LinearScheme, *, table: bool = False) -> str:
+    """Return the name of the container for one linear, or for an embedding or head."""
+    if table and scheme.weights.bits == 8:
+        return "naive-quantized"
+    return "int-quantized" if scheme.activations is not None else "pack-quantized"
+
+
+def encode_linear(
+    path: str, q: QuantizedTensor, scheme: LinearScheme, input_scale: Tensor | None = None, *, table: bool = False
+) -> dict[str, Tensor]:
+    """Return the tensors, by full name, that store linear ``path``."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    out: dict[str, Tensor] = {f"{path}.weight_scale": q.scale.contiguous()}
+    if container(scheme, table=table) == "pack-quantized":
+        out[f"{path}.weight_packed"] = pack_to_int32(q.codes, q.scheme.bits)
+        out[f"{path}.weight_shape"] = torch.tensor(q.codes.shape, dtype=torch.int64)
+        if q.zero is not None:
+            out[f"{path}.weight_zero_point"] = pack_to_int32(q.zero, q.scheme.bits, packed_dim=0).contiguous()
+    else:
+        out[f"{path}.weight"] = q.codes.contiguous()
+    if input_scale is not None:
+        out[f"{path}.input_scale"] = input_scale
+    return out
+
+
+def decode_linear(
+    path: str, tensors: Mapping[str, Tensor], scheme: LinearScheme, *, table: bool = False
+) -> QuantizedTensor:
+    """Read back what :func:`encode_linear` wrote."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    scale = tensors[f"{path}.weight_scale"]
+    if container(scheme, table=table) != "pack-quantized":
+        return QuantizedTensor(tensors[f"{path}.weight"], scale, None, scheme.weights)
+    bits = scheme.weights.bits
+    shape = torch.Size(tensors[f"{path}.weight_shape"].tolist())
+    codes = unpack_from_int32(tensors[f"{path}.weight_packed"], bits, shape)
+    packed = tensors.get(f"{path}.weight_zero_point")
+    zero = None if packed is None else unpack_from_int32(packed, bits, scale.shape, packed_dim=0)
+    return QuantizedTensor(codes, scale, zero, scheme.weights)
+
+
+def _weight_arguments(scheme: WeightScheme) -> dict[str, Any]:
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "group" if scheme.group_size else "channel",
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+
+
+def _input_arguments(scheme: LinearScheme) -> dict[str, Any] | None:
+    if scheme.activations is None:
+        return None
+    dynamic = scheme.activations.dynamic
+    return {
+        "num_bits": scheme.activations.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "token" if dynamic else "tensor",
+        "dynamic": dynamic,
+    }
+
+
+def _group(scheme: LinearScheme, targets: list[str], *, table: bool = False) -> dict[str, Any]:
+    return {
+        "targets": targets,
+        "weights": _weight_arguments(scheme.weights),
+        "input_activations": _input_arguments(scheme),
+        "output_activations": None,
+        "format": container(scheme, table=table),
+    }
+
+
+def quantization_config(plan: Plan, family: Family, *, tied: bool) -> dict[str, Any] | None:
+    """Return the ``quantization_config`` of ``config.json``, or ``None`` when nothing is quantized.
+
+    The scheme that most linears have is targeted by class; exceptions are named one by one.
+    """
+    by_scheme: dict[LinearScheme, list[str]] = {}
+    for name, linear in plan.linears.items():
+        by_scheme.setdefault(linear.scheme, []).append(name)
+    groups: list[dict[str, Any]] = []
+    ordered = sorted(by_scheme.items(), key=lambda item: len(item[1]))
+    for scheme, names in ordered[:-1]:
+        groups.append(_group(scheme, names))
+    if ordered:
+        groups.append(_group(ordered[-1][0], ["Linear"]))
+    ignore = list(plan.left_alone) if ordered else []
+    tables = [*plan.tables, *([family.head] if tied and plan.tables else [])]
+    for name, table in plan.tables.items():
+        packed = table.scheme.bits != 8
+        targets = [name] if packed else [n for n in tables if n == name or tied]
+        groups.insert(0, _group(LinearScheme(weights=table.scheme), [f"re:{re.escape(n)}$" for n in targets], table=True))
+        if packed and tied:
+            ignore.append(family.head)
+    if family.head not in tables:
+        ignore.append(family.head)
+    if not groups:
+        return None
+    formats = {g["format"] for g in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "ignore": ignore,
+        "config_groups": {f"group_{i}": g for i, g in enumerate(groups)},
+    }

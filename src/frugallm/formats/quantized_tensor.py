@@ -1,0 +1,111 @@
+"""How a compressed linear is described and held: :class:`LinearScheme` and :class:`QuantizedTensor`.
+
+Solvers return a :class:`QuantizedTensor`; exporters and kernels are tested against its :meth:`~QuantizedTensor.dequantize`,
+and codes are never derived again from rounded weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+
+class WeightScheme(BaseModel):
+    """How the weights ``(out, in)`` of a linear are stored: integers, with one scale a row or a group of a row.
+
+    Attributes
+    ----------
+    bits
+        Bits per code, 2 to 8.
+    symmetric
+        Codes in ``[-2^(b-1), 2^(b-1) - 1]`` and no zero point, or with an integer zero point per group.
+    group_size
+        Consecutive input columns that share a scale; ``None``: the whole row.
+    scale_dtype
+        Type in which scales are stored; they are rounded to it before codes are computed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int = Field(ge=2, le=8)
+    symmetric: bool = True
+    group_size: int | None = None
+    scale_dtype: str = "bfloat16"
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        """Smallest and largest code."""
+        return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    def columns_per_scale(self, width: int) -> int:
+        """Return how many of ``width`` columns share one scale."""
+        return self.group_size or width
+
+    def label(self) -> str:
+        """Return a short name such as ``W4 g64 symmetric``."""
+        group = f"g{self.group_size}" if self.group_size else "per row"
+        return f"W{self.bits} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
+
+
+class ActivationScheme(BaseModel):
+    """How a linear's input is rounded at run time: symmetric integers, one scale a tensor (static) or a token (dynamic)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bits: int = Field(8, ge=4, le=8)
+    dynamic: bool = True
+
+    def label(self) -> str:
+        """Return a short name such as ``A8 per token``."""
+        return f"A{self.bits} {'per token' if self.dynamic else 'static'}"
+
+
+class LinearScheme(BaseModel):
+    """All that is stored about one linear: its weights and, if its input is rounded, how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: WeightScheme
+    activations: ActivationScheme | None = None
+
+    def label(self) -> str:
+        """Return a short name such as ``W8 per row symmetric, A8 per token``."""
+        return self.weights.label() + (f", {self.activations.label()}" if self.activations else "")
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight as it will be stored.
+
+    Attributes
+    ----------
+    codes
+        ``(out, in)`` int8.
+    scale
+        ``(out, groups)`` in the stored type.
+    zero
+        ``(out, groups)`` int8, or ``None`` when symmetric.
+    scheme
+        What the numbers mean.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    scheme: WeightScheme
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return ``scale * (codes - zero)``, ``(out, in)``: the only definition of what the stored values mean."""
+        rows, width = self.codes.shape
+        grouped = self.codes.view(rows, self.scale.shape[1], -1).float()
+        if self.zero is not None:
+            grouped = grouped - self.zero.float()[..., None]
+        return (grouped * self.scale.float()[..., None]).view(rows, width).to(dtype)
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Return rows ``start`` to ``stop`` as a tensor of their own."""
+        zero = None if self.zero is None else self.zero[start:stop].clone()
+        return replace(self, codes=self.codes[start:stop].clone(), scale=self.scale[start:stop].clone(), zero=zero)

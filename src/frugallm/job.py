@@ -1,0 +1,320 @@
+"""A compression job: what it is made of, where its unfinished work lies, and how it goes on after a break.
+
+The work of a job for ``OUT`` lies in ``OUT.partial`` beside it: ``job.json`` says what the job is, then one durable shard
+per part of the model. ``OUT`` itself appears by renaming, complete or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import frugallm
+from frugallm.compress.plan import Plan, make_plan
+from frugallm.errors import OutputError
+from frugallm.formats import compressed_tensors, folder, shards
+from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor
+from frugallm.models.checkpoint import Checkpoint
+from frugallm.progress import Progress
+from frugallm.recipe import Recipe
+from frugallm.walk.walk import ROWS_PER_CHUNK, SolvedBlock, Walk
+
+PARTIAL = ".partial"
+DEFAULT_HIDDEN_LIMIT = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the bytes of a result.
+
+    Attributes
+    ----------
+    windows
+        Calibration tokens ``(samples, length)``, or ``None`` when no step of the recipe reads text.
+    text
+        Name, digest and smoke label of the calibration text.
+    stored, fast
+        Type of uncompressed tensors, and type of products.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    plan: Plan
+    windows: Tensor | None
+    text: dict[str, Any] | None
+    seed: int
+    stored: torch.dtype
+    fast: torch.dtype
+    threads: int
+    hidden_limit: int = DEFAULT_HIDDEN_LIMIT
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must be the same for a resumed run to equal an unbroken one, as plain JSON values."""
+        tokens = None
+        if self.windows is not None:
+            digest = hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+            tokens = {"samples": self.windows.shape[0], "seq_len": self.windows.shape[1], "digest": digest}
+        return {
+            "recipe": self.recipe.settings(),
+            "methods": self.recipe.versions(),
+            "model": {"name": self.checkpoint.name, "digest": self.checkpoint.digest()},
+            "text": self.text,
+            "tokens": tokens,
+            "seed": self.seed,
+            "dtype": str(self.stored).removeprefix("torch."),
+            "products": str(self.fast).removeprefix("torch."),
+            "threads": self.threads,
+            "versions": {"frugallm": frugallm.__version__, "torch": torch.__version__},
+        }
+
+
+def needs_text(plan: Plan) -> bool:
+    """Whether any step of the plan reads calibration text."""
+    solvers = {id(p.solver): p for p in plan.linears.values()}
+    static = any(p.scheme.activations and not p.scheme.activations.dynamic for p in plan.linears.values())
+    return static or any(s.rewrite_needs for s in plan.rewrites) or any(p.solver.solve_needs for p in solvers.values())
+
+
+def plan_for(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
+    """Resolve a recipe against a model; see :func:`frugallm.compress.plan.make_plan`."""
+    return make_plan(recipe.steps, checkpoint)
+
+
+class Workplace:
+    """The folder of unfinished work of one job."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + PARTIAL)
+        self.folder = self.path / "folder"
+
+    def prepare(self, job: Job, *, resume: bool, overwrite: bool) -> bool:
+        """Make ready to work on ``job``; return ``False`` when it is finished already.
+
+        Raises
+        ------
+        OutputError
+            If something is in the way, or what is there belongs to another job (it says what differs).
+        """
+        identity = job.identity()
+        if overwrite:
+            for path in (self.out, self.path):
+                _remove(path)
+        if self.out.exists() and not resume:
+            raise OutputError(f"{self.out} exists", "Choose another --out, or --overwrite it")
+        if self.path.exists() and not resume:
+            raise OutputError(
+                f"{self.path} holds an unfinished run", "Go on with --resume, or start anew with --overwrite"
+            )
+        if self.out.exists():
+            manifest = self.out / "manifest.json"
+            if not manifest.is_file():
+                raise OutputError(f"{self.out} is no result of a run", "Choose another --out")
+            _same(json.loads(manifest.read_text())["job"], identity, self.out)
+            _remove(self.path)
+            return False
+        state = self.path / "job.json"
+        if state.exists():
+            _same(json.loads(state.read_text()), identity, self.path)
+            return True
+        self.path.mkdir(parents=True, exist_ok=True)
+        shards.write_bytes(state, json.dumps(identity, indent=1).encode())
+        return True
+
+    def shard(self, part: str) -> Path:
+        """Return the file of one part of the model."""
+        return self.path / f"{part}.safetensors"
+
+    def facts(self, part: str) -> Path:
+        """Return the file of what was measured on one part."""
+        return self.path / f"{part}.json"
+
+    def finish(self) -> None:
+        """Give the folder its name and remove the rest."""
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.rename(self.out)
+        shards.sync(self.out.parent)
+        _remove(self.path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()
+
+
+def _same(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+    different = list(_differences(before, now, ""))
+    if different:
+        raise OutputError(
+            f"{where} belongs to another job: {'; '.join(different[:4])}",
+            "Give the same command, or start anew with --overwrite",
+        )
+
+
+def _differences(before: Any, now: Any, path: str) -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(k for k in now if k not in before)]
+        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = zip(before, now)
+        return [d for i, (b, n) in enumerate(pairs, 1) for d in _differences(b, n, f"{path} {i}")]
+    return [] if before == now else [f"{path} was {_short(before)}, is {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 48 else text[:45] + "..."
+
+
+# -- the work itself ---------------------------------------------------------------------------------------------------
+
+
+def compress(job: Job, place: Workplace, progress: Progress) -> None:
+    """Write every part of the model that is not there yet, walking through what is."""
+    walk = Walk(
+        job.checkpoint,
+        job.plan,
+        job.windows,
+        place.path,
+        fast=job.fast,
+        stored=job.stored,
+        hidden_limit=job.hidden_limit,
+    )
+    _write_table(job, place)
+    todo = [i for i in range(len(walk)) if not place.shard(f"block-{i:05d}").exists()]
+    if todo and walk.windows is not None:
+        progress.event("stage", text="embedding")
+        walk.embed(lambda start, stop: _stored_rows(job, place, start, stop))
+    for index in range(len(walk)) if todo else ():
+        part = f"block-{index:05d}"
+        if index not in todo:
+            if walk.hidden is not None:
+                progress.event("stage", text=f"through block {index + 1} as stored")
+                state, scales = read_block(job, place, index)
+                walk.replay(index, state, scales)
+            continue
+        progress.event("stage", text="walk")
+        done = walk.solve(index)
+        _write_block(job, place, part, done)
+        progress.event("block", index=index + 1, of=len(walk))
+    if walk.hidden is not None:
+        walk.hidden.close()
+    _write_final(job, place)
+
+
+def _table_tensors(job: Job, name: str) -> dict[str, Tensor]:
+    """Return what is stored for the embedding or an untied head, compressed by rows if the plan says so."""
+    checkpoint, weight = job.checkpoint, f"{name}.weight"
+    table = job.plan.tables.get(name)
+    if table is None:
+        return {weight: checkpoint.tensor(weight).to(job.stored)}
+    count, _ = checkpoint.shape(weight)
+    pieces = [
+        table.solver.solve(checkpoint.rows(weight, start, min(start + ROWS_PER_CHUNK, count)).float(), table.scheme)
+        for start in range(0, count, ROWS_PER_CHUNK)
+    ]
+    q = QuantizedTensor(
+        torch.cat([p.codes for p in pieces]), torch.cat([p.scale for p in pieces]), None, table.scheme
+    )
+    scheme = LinearScheme(weights=table.scheme)
+    tensors = compressed_tensors.encode_linear(name, q, scheme, table=True)
+    family = checkpoint.family
+    if name == family.embedding and checkpoint.config.tie_word_embeddings and f"{name}.weight" in tensors:
+        # Readers tie the weight of the head to the embedding; its scale has a name of its own.
+        tensors[f"{family.head}.weight_scale"] = q.scale.clone()
+    return tensors
+
+
+def _write_table(job: Job, place: Workplace) -> None:
+    path = place.shard("embedding")
+    if not path.exists():
+        shards.write_shard(path, _table_tensors(job, job.checkpoint.family.embedding))
+
+
+def _stored_rows(job: Job, place: Workplace, start: int, stop: int) -> Tensor:
+    """Return rows of the embedding as they are stored."""
+    name = job.checkpoint.family.embedding
+    table = job.plan.tables.get(name)
+    rows = job.checkpoint.rows(f"{name}.weight", start, stop)
+    if table is None:
+        return rows.to(job.stored)
+    return table.solver.solve(rows.float(), table.scheme).dequantize()
+
+
+def _write_block(job: Job, place: Workplace, part: str, done: SolvedBlock) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in done.block.state.items():
+        path, _, leaf = name.rpartition(".")
+        full = done.block.full_name(path)
+        if leaf == "weight" and path in done.linears:
+            scheme = job.plan.linears[full].scheme
+            q, scale = done.linears[path], done.input_scales.get(path)
+            tensors.update(compressed_tensors.encode_linear(full, q, scheme, scale))
+        else:
+            tensors[f"{full}.{leaf}"] = tensor.to(job.stored)
+    facts = {"layers": done.layers, "seconds": done.seconds}
+    shards.write_bytes(place.facts(part), json.dumps(facts).encode())
+    shards.write_shard(place.shard(part), tensors)
+
+
+def _write_final(job: Job, place: Workplace) -> None:
+    path = place.shard("final")
+    if path.exists():
+        return
+    head = job.checkpoint.family.head
+    tensors: dict[str, Tensor] = {}
+    for name in folder.final_names(job.checkpoint):
+        if name == f"{head}.weight":
+            tensors.update(_table_tensors(job, head))
+        else:
+            tensors[name] = job.checkpoint.tensor(name).to(job.stored)
+    shards.write_shard(path, tensors)
+
+
+def read_block(job: Job, place: Workplace, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return a block's tensors as stored, by name inside the block, and its static input scales by linear."""
+    family = job.checkpoint.family
+    tensors = shards.read_shard(place.shard(f"block-{index:05d}"))
+    state: dict[str, Tensor] = {}
+    scales: dict[str, Tensor] = {}
+    prefix = family.block(index) + "."
+    quantized = [p for p in family.linears if prefix + p in job.plan.linears]
+    for path in quantized:
+        scheme = job.plan.linears[prefix + path].scheme
+        state[f"{path}.weight"] = compressed_tensors.decode_linear(prefix + path, tensors, scheme).dequantize()
+        if f"{prefix}{path}.input_scale" in tensors:
+            scales[path] = tensors[f"{prefix}{path}.input_scale"]
+    for name, tensor in tensors.items():
+        path, _, leaf = name.removeprefix(prefix).rpartition(".")
+        if path not in quantized or leaf == "bias":
+            state[f"{path}.{leaf}"] = tensor.float()
+    return state, scales
+
+
+def assemble(job: Job, place: Workplace) -> None:
+    """Join the parts into the folder that will be handed out; companions and config included."""
+    _remove(place.folder)
+    place.folder.mkdir()
+    parts = [place.shard(name) for name in folder.part_names(job.checkpoint)]
+    shards.merge(parts, place.folder)
+    tied = bool(job.checkpoint.config.tie_word_embeddings)
+    quantization = compressed_tensors.quantization_config(job.plan, job.checkpoint.family, tied=tied)
+    dtype = str(job.stored).removeprefix("torch.")
+    shards.write_bytes(place.folder / "config.json", folder.config_json(job.checkpoint, dtype, quantization))
+    folder.write_companions(job.checkpoint, place.folder)
+
+
+def layer_facts(job: Job, place: Workplace) -> list[dict[str, Any]]:
+    """Return what was measured on every linear, in order."""
+    count = job.checkpoint.config.num_hidden_layers
+    files = [place.facts(f"block-{i:05d}") for i in range(count)]
+    return [layer for file in files for layer in json.loads(file.read_text())["layers"]]

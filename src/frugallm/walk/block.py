@@ -1,0 +1,95 @@
+"""One decoder block in memory: its weights as they will be stored, and the transformers module that runs them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from frugallm.compress.quantize import transforms
+from frugallm.models.family import Family, Site
+
+
+class Block:
+    """A decoder block.
+
+    Parameters
+    ----------
+    skeleton
+        The block's transformers module on the meta device; it is copied.
+    state
+        Tensors by name inside the block (``self_attn.q_proj.weight``).
+    family, index
+        Which block of what.
+    heads, kv_heads
+        Query heads and key/value heads.
+    fast
+        Type in which products are computed; everything that is not the weight of a linear stays float32.
+    """
+
+    def __init__(
+        self,
+        skeleton: nn.Module,
+        state: Mapping[str, Tensor],
+        family: Family,
+        index: int,
+        heads: int,
+        kv_heads: int,
+        fast: torch.dtype,
+    ) -> None:
+        self.family, self.index, self.fast = family, index, fast
+        self.heads, self.kv_heads = heads, kv_heads
+        self.state = {name: tensor.float() for name, tensor in state.items()}
+        self.module = copy.deepcopy(skeleton).eval().requires_grad_(False)
+        self.module.to_empty(device="cpu")
+        self.refresh()
+
+    def full_name(self, path: str) -> str:
+        """Return the name of a linear or tensor of this block in the whole model."""
+        return f"{self.family.block(self.index)}.{path}"
+
+    def weight(self, path: str) -> Tensor:
+        """Return the weight ``(out, in)`` float32 of a linear, or the gain of a norm."""
+        return self.state[f"{path}.weight"]
+
+    def set_weight(self, path: str, value: Tensor) -> None:
+        """Replace a weight, in the module as well."""
+        self.state[f"{path}.weight"] = value
+        self._load(f"{path}.weight")
+
+    def refresh(self) -> None:
+        """Bring the module in step with all of ``state``."""
+        for name in self.state:
+            self._load(name)
+
+    def _load(self, name: str) -> None:
+        path, _, leaf = name.rpartition(".")
+        owner = self.module.get_submodule(path)
+        dtype = self.fast if isinstance(owner, nn.Linear) else torch.float32
+        setattr(owner, leaf, nn.Parameter(self.state[name].to(dtype), requires_grad=False))
+
+    def round_to(self, dtype: torch.dtype) -> None:
+        """Round everything to the type in which what stays uncompressed is stored."""
+        self.state = {name: tensor.to(dtype).float() for name, tensor in self.state.items()}
+        self.refresh()
+
+    def scale_site(self, site: Site, scale: Tensor) -> None:
+        """Divide the inputs of ``site`` by ``scale`` ``(in,)`` without changing the block's function.
+
+        Where the writer is a value projection, the scale is first made equal over each query group.
+        """
+        written = scale
+        if site.writer_kind == "heads":
+            head_dim = self.weight(site.writer).shape[0] // self.kv_heads
+            repeats = self.heads // self.kv_heads
+            written = transforms.tie_over_group(scale, head_dim, repeats)
+            scale = transforms.repeat_over_group(written, head_dim, repeats)
+        for leaf in ("weight", "bias"):
+            name = f"{site.writer}.{leaf}"
+            if name in self.state:
+                self.state[name] = transforms.scale_rows(self.state[name], written)
+        for path in site.linears:
+            self.state[f"{path}.weight"] = transforms.scale_columns(self.weight(path), scale)
+        self.refresh()

@@ -1,0 +1,58 @@
+"""Hidden states of all calibration windows, in memory or, past a limit, in a file that the system pages in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TOKENS_PER_BATCH = 4096
+
+
+class HiddenStates:
+    """``(windows, length, width)`` values, visited batch by batch.
+
+    Parameters
+    ----------
+    shape
+        ``(windows, length, width)``.
+    dtype
+        Type of the values.
+    spill
+        File that holds the values when they are larger than ``limit``; mapped, so they are not the process's own memory.
+    limit
+        Bytes that may stay in memory.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path, limit: int) -> None:
+        windows, length, width = shape
+        count = windows * length * width
+        self.bytes = count * dtype.itemsize
+        self.spilled = self.bytes > limit
+        if self.spilled:
+            spill.unlink(missing_ok=True)
+            self.values = torch.from_file(str(spill), shared=True, size=count, dtype=dtype).view(shape)
+            self._file: Path | None = spill
+        else:
+            self.values = torch.empty(shape, dtype=dtype)
+            self._file = None
+        self.step = max(1, TOKENS_PER_BATCH // length)
+
+    def batches(self) -> Iterator[slice]:
+        """Yield slices of windows that hold about 4,096 tokens each."""
+        for start in range(0, self.values.shape[0], self.step):
+            yield slice(start, min(start + self.step, self.values.shape[0]))
+
+    def __getitem__(self, batch: slice) -> Tensor:
+        return self.values[batch]
+
+    def __setitem__(self, batch: slice, value: Tensor) -> None:
+        self.values[batch] = value
+
+    def close(self) -> None:
+        """Let the values go, the file included."""
+        del self.values
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
