@@ -1,8 +1,8 @@
 """The weights of one model, read tensor by tensor and never all at once.
 
 Every source of weights (a safetensors folder, a GGUF file, a model in memory, a rewrite of another one) is a
-:class:`Checkpoint`: it names its tensors as the state dict of the plain ``transformers`` model does. Checks that
-every source needs live here, so that no source can forget them.
+:class:`Checkpoint`: it names its tensors as the state dict of the plain ``transformers`` model does. Checks
+that every source needs live here, so that no source can forget them.
 """
 
 from __future__ import annotations
@@ -132,6 +132,9 @@ class Checkpoint(ABC):
                 f"holds {blocks} blocks, {self.config_source} says {self.config.num_hidden_layers}",
                 self.names(),
             )
+        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
+        if groups < 1 or heads % groups:
+            raise self._misfit(f"{self.config_source} shares {groups} key heads between {heads} heads", [])
         expected = self.expected_shapes()
         names = set(self.names())
         missing = sorted(expected.keys() - names)
@@ -187,7 +190,15 @@ def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
-    except (RuntimeError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+    except (
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+    ) as error:
         raise ModelError(
             f"{checkpoint.name}: {checkpoint.config_source} describes no model that can be built ({error})"
         ) from error

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import importlib.util
-import os
 import re
 import threading
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from frugallm.errors import ModelError, nearest
 
@@ -27,8 +28,8 @@ WANTED = [
     "LICENSE*",
     "README.md",
 ]
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-PATIENCE = 12.0  # seconds for the hub's first answer
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]*)?")
+PATIENCE = 12.0  # seconds for the hub to answer at all
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ def locate(model: str | Path) -> Found:
         If it is nowhere; without a network the answer comes within 20 seconds.
     """
     path = Path(model).expanduser()
-    if path.exists():
+    if str(model) and _exists(path):
         return Found(path)
     if str(model) == DEFAULT:
         return packaged() or _default_from_hub()
     if isinstance(model, Path) or _meant_as_path(model):
-        raise ModelError(f"there is no file or folder {path}", "Check the path")
+        raise ModelError(f"there is no file or folder '{model}'", "Check the path")
     try:
         return Found(from_hub(model))
     except ModelError as error:
@@ -87,6 +88,13 @@ def _default_from_hub() -> Found:
         ) from error
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than the file system allows
+        return False
+
+
 def _meant_as_path(model: str) -> bool:
     parts = Path(model).parts
     return (
@@ -99,46 +107,55 @@ def _meant_as_path(model: str) -> bool:
 def from_hub(name: str) -> Path:
     """Bring a model's safetensors and what belongs to them from the hub, or find the copy that is here."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    online = _answers(name)
+    transport = HfHubHTTPError.__bases__[0]  # what the hub's HTTP client, whichever it is, raises
+    online = _hub_answers()
     try:
         return Path(
             snapshot_download(name, allow_patterns=WANTED, local_files_only=not online, etag_timeout=5)
         )
     except LocalEntryNotFoundError as error:
-        known = f" ({nearest(name, [DEFAULT])})" if "did you mean" in nearest(name, [DEFAULT]) else ""
+        known = nearest(name, [DEFAULT])
+        hint = f" ({known})" if known.startswith("did you mean") else ""
         raise ModelError(
-            f"'{name}' is no file or folder here{known}, and the Hugging Face hub cannot be reached"
+            f"'{name}' is no file or folder here{hint}, and the Hugging Face hub cannot be reached"
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"'{name}' is no file or folder here, and the Hugging Face hub has no such model"
+        ) from error
+    except (transport, HFValidationError, OSError) as error:
         raise ModelError(f"'{name}' cannot be fetched from the Hugging Face hub ({error})") from error
 
 
-def _answers(name: str) -> bool:
-    """Ask the hub for a model within bounded time; False without an answer.
+def _hub_answers() -> bool:
+    """Say within bounded time whether the hub can be reached at all.
 
     The question is asked in a thread of its own, since a name server that does not answer can hold a process
     longer than any timeout of the connection.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "0") not in ("", "0"):
+    if constants.HF_HUB_OFFLINE:
         return False
-    answer: dict[str, Any] = {}
+    answers: list[bool] = []
 
     def ask() -> None:
         try:
-            answer["info"] = HfApi().model_info(name, timeout=PATIENCE / 2)
-        except RepositoryNotFoundError:
-            answer["absent"] = True
-        except (OSError, ValueError) as error:  # the http errors of either client derive from these
-            answer["error"] = error
+            with urllib.request.urlopen(constants.ENDPOINT, timeout=PATIENCE / 2):
+                answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)  # it said no to this question, but it is there
+        except (OSError, ValueError, http.client.HTTPException):
+            answers.append(False)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PATIENCE)
-    if "absent" in answer:
-        raise ModelError(f"'{name}' is no file or folder here, and the Hugging Face hub has no such model")
-    return "info" in answer
+    return answers == [True]

@@ -37,7 +37,7 @@ IN_BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-BLOCK = re.compile(r"blk\.(\d+)\.([a-z_]+)\.(weight|bias)")
+BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
 LARGEST = 2**31  # no width or count of a real model is larger; beyond it sizes overflow
 
 
@@ -109,7 +109,9 @@ class GGUFFile(Checkpoint):
         info = self._data.tensors[stored]
         raw = self._data.raw(stored)
         if len(info.shape) == 1:  # a vector is one row of bytes: its "rows" are elements
-            return self._dequantize(raw, stored).reshape(info.shape)[start:stop].clone()
+            values = self._dequantize(raw, stored).reshape(info.shape)
+            order = self._row_order(name, info.shape[0])
+            return (values if order is None else values[order])[start:stop].clone()
         order = self._row_order(name, info.row_count)
         raw = raw[start:stop] if order is None else raw[order[start:stop]]
         return self._dequantize(raw, stored).reshape(-1, *info.shape[1:])
@@ -192,6 +194,11 @@ def _config(data: GGUFData) -> PretrainedConfig:
             )
     if "token_embd.weight" not in data.tensors:
         raise ModelError(f"{path}: token_embd.weight is missing", "Fetch it again")
+    vocabulary, tokens = data.tensors["token_embd.weight"].shape[0], metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) > vocabulary:
+        raise ModelError(
+            f"{path} has {len(tokens)} tokens and an embedding of {vocabulary}", "Fetch it again"
+        )
     try:
         return LlamaConfig(
             architectures=["LlamaForCausalLM"],
@@ -202,7 +209,7 @@ def _config(data: GGUFData) -> PretrainedConfig:
             num_key_value_heads=_count(data, "attention.head_count_kv", heads),
             head_dim=head_dim,
             max_position_embeddings=_count(data, "context_length"),
-            vocab_size=data.tensors["token_embd.weight"].shape[0],
+            vocab_size=vocabulary,
             rms_norm_eps=_real(data, "attention.layer_norm_rms_epsilon", 1e-5),
             rope_parameters={"rope_type": "default", "rope_theta": _real(data, "rope.freq_base", 10000.0)},
             attention_bias="blk.0.attn_q.bias" in data.tensors,
@@ -227,8 +234,10 @@ def _count(data: GGUFData, key: str, default: int | None = None) -> int:
 
 def _real(data: GGUFData, key: str, default: float) -> float:
     value = data.metadata.get(f"llama.{key}", default)
-    if type(value) is not float or not 0 < value < float("inf"):
+    with np.errstate(over="ignore", under="ignore"):
+        number = float(str(np.float32(value))) if type(value) is float else 0.0  # 1e-5, not 9.999999747e-06
+    if not 0 < number < float("inf"):
         raise ModelError(
             f"{data.path}: llama.{key} is {value!r}, expected a positive number", "Fetch it again"
         )
-    return float(str(np.float32(value)))  # 1e-5, which the file keeps as 9.999999747e-06
+    return number

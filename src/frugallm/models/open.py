@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +55,7 @@ def open_checkpoint(model: Source, tokenizer: Any = None) -> Checkpoint:
         checkpoint: Checkpoint = InMemory(model, tokenizer)
     elif not isinstance(model, (str, Path)):
         raise ModelError(f"a model must be a name, a path or a loaded model, got {type(model).__name__}")
-    elif str(model).endswith(OFFGRID) and not Path(model).exists():
+    elif _offgrid(model):
         return Offgrid(open_checkpoint(str(model).removesuffix(OFFGRID)))
     else:
         found = locate(model)
@@ -92,7 +93,7 @@ def load(model: Source, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
 
     A compressed folder, or one of a family that has no description, is left to ``transformers`` alone.
     """
-    if isinstance(model, (str, Path)) and not str(model).endswith(OFFGRID):
+    if isinstance(model, (str, Path)) and not _offgrid(model):
         found = locate(model)
         if found.path.is_dir() and _for_transformers(found.path):
             return load_plain(found.path, dtype), load_tokenizer(found.path)
@@ -132,9 +133,22 @@ def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         raise ModelError(f"{folder} cannot be loaded by transformers ({error})") from error
     return model.requires_grad_(False).eval()
+
+
+def _offgrid(model: str | Path) -> bool:
+    return str(model).endswith(OFFGRID) and not os.path.exists(model)
 
 
 def _for_transformers(folder: Path) -> bool:
