@@ -1,0 +1,232 @@
+"""GPTQ and rounding against llm-compressor: perplexity, time and memory, both sides in one run.
+
+The peer starts from the same float32 folder and calibrates with the same token windows. It is given every
+setting it offers for this job (act-order, three observers, bf16 and batches for speed), and ours is held
+against its best. Each arm is a whole process; timed arms run several times, ours and theirs in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peers
+import setting as common
+from harness import GIB, Measurement, facts, frugal, measure, spread, table, write_result
+
+HERE = Path(__file__).parent
+MOST_TIME, MOST_MEMORY, MOST_OF_ROUNDING_W3 = 0.40, GIB, 0.75
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of compressing: a step of ours, or the options of the peer's script."""
+
+    options: tuple[str, ...]
+    ours: bool
+    timed: bool = False
+    method: str = "gptq"
+    bits: int = 4
+
+
+def ours(step: str, **more: Any) -> Arm:
+    return Arm((step,), True, **more)
+
+
+def theirs(*options: str, **more: Any) -> Arm:
+    return Arm(options, False, **more)
+
+
+ARMS = {
+    "frugallm gptq W4": ours("gptq:bits=4,group_size=64", timed=True),
+    "llm-compressor gptq W4": theirs(timed=True),
+    "llm-compressor gptq W4, bf16, batches of 8": theirs("--dtype=bfloat16", "--batch-size=8", timed=True),
+    "llm-compressor gptq W4, no act-order": theirs("--actorder=none"),
+    "llm-compressor gptq W4, mse": theirs("--observer=memoryless_mse"),
+    "llm-compressor gptq W4, imatrix": theirs("--observer=imatrix_mse"),
+    "frugallm gptq W4, plain range": ours("gptq:bits=4,group_size=64,search=none"),
+    "frugallm rtn W4": ours("rtn:bits=4,group_size=64", method="rtn"),
+    "llm-compressor rtn W4": theirs("--method=rtn", method="rtn"),
+    "frugallm gptq W3": ours("gptq:bits=3,group_size=64", bits=3),
+    "llm-compressor gptq W3, imatrix": theirs("--bits=3", "--observer=imatrix_mse", bits=3),
+    "frugallm rtn W3": ours("rtn:bits=3,group_size=64", method="rtn", bits=3),
+}
+
+
+def command(arm: Arm, place: dict[str, Path], out: Path, setting: common.Setting) -> list[str | Path]:
+    if arm.ours:
+        return frugal("run", place["model"], *arm.options, "--out", out, *setting.run_options())
+    script = HERE / "peer_llmcompressor.py"
+    fixed = ["--group-size=64", f"--threads={setting.threads}"]
+    files = ["--model", place["model"], "--tokens", place["tokens"], "--out", out]
+    return [place["python"], script, *files, *fixed, *arm.options]
+
+
+def facts_of(arm: Arm, run: Measurement) -> dict[str, Any]:
+    """Return what one process took. Compressing is the walk on our side, ``oneshot`` on the peer's."""
+    stage = "walk" if arm.ours else "compress"
+    return {
+        "seconds": run.seconds,
+        "processor_seconds": run.processor_seconds,
+        "compress_seconds": run.stage_seconds(stage),
+        "peak_anonymous_bytes": run.peak_anonymous_bytes,
+        "peak_anonymous_bytes_compressing": run.stage_peak(stage),
+        "peak_resident_bytes": run.peak_resident_bytes,
+        "stages": [asdict(s) for s in run.stages],
+    }
+
+
+def run_arms(
+    names: list[str], place: dict[str, Path], setting: common.Setting, repeats: int
+) -> dict[str, Any]:
+    """Run every arm once, the timed ones ``repeats`` times, in turn; ``place`` takes the output folders."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        for name in names:
+            arm = ARMS[name]
+            if repeat and not arm.timed:
+                continue
+            out = place["work"] / name.replace(" ", "-").replace(",", "")
+            shutil.rmtree(out, ignore_errors=True)
+            measured = measure(command(arm, place, out, setting), threads=setting.threads)
+            runs[name].append(facts_of(arm, measured) | {"repeat": repeat})
+            print(
+                f"{name}: {measured.seconds:.0f} s, {measured.peak_anonymous_bytes / GIB:.2f} GiB", flush=True
+            )
+            place[name] = out
+    return {
+        name: {
+            "options": list(ARMS[name].options),
+            "seconds": spread([r["seconds"] for r in made], "s"),
+            "compress_seconds": spread([r["compress_seconds"] for r in made], "s"),
+            "peak_anonymous": spread([r["peak_anonymous_bytes"] for r in made], "bytes"),
+            "peak_anonymous_compressing": spread(
+                [r["peak_anonymous_bytes_compressing"] for r in made], "bytes"
+            ),
+            "peak_resident": spread([r["peak_resident_bytes"] for r in made], "bytes"),
+            "weights_bytes": common.folder_bytes(place[name]),
+            "runs": made,
+        }
+        for name, made in runs.items()
+    }
+
+
+def verdicts(
+    arms: dict[str, Any], evaluations: dict[str, Any], comparisons: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Hold the figures against the targets; a target whose arms did not run is left out."""
+    found: dict[str, Any] = {}
+    main = "frugallm gptq W4"
+    peers_w4 = [n for n in arms if not ARMS[n].ours and ARMS[n].method == "gptq" and ARMS[n].bits == 4]
+    if main in arms and peers_w4:
+        best = min(peers_w4, key=lambda n: evaluations[n].perplexity.value)
+        pair = next(c for c in comparisons if (c["ours"], c["theirs"]) == (main, best))
+        high = pair["perplexity_ratio"]["high"]
+        found["perplexity below the peer's best"] = {
+            "peer": best,
+            **pair["perplexity_ratio"],
+            "passed": high is not None and high < 1,
+        }
+        fastest = min(peers_w4, key=lambda n: arms[n]["seconds"]["median"])
+        for words, peer in (
+            ("time against the peer's best", best),
+            ("time against the peer's fastest", fastest),
+        ):
+            share = arms[main]["seconds"]["median"] / arms[peer]["seconds"]["median"]
+            found[words] = {"peer": peer, "value": share, "passed": share <= MOST_TIME}
+        peak = arms[main]["peak_anonymous_compressing"]["max"]
+        found["at most 1 GiB while compressing"] = {
+            "value": peak,
+            "unit": "bytes",
+            "passed": peak <= MOST_MEMORY,
+        }
+    w3, base = "frugallm gptq W3", "frugallm rtn W3"
+    if w3 in arms and base in arms:
+        share = evaluations[w3].perplexity.value / evaluations[base].perplexity.value
+        found["W3 perplexity at most 75 % of rounding's"] = {
+            "value": share,
+            "passed": share <= MOST_OF_ROUNDING_W3,
+        }
+    return found
+
+
+def show(arms: dict[str, Any], evaluations: dict[str, Any]) -> str:
+    header = ["arm", "perplexity", "KL (nats/token)", "top-1", "time (s)", "compressing (s)"]
+    header += ["peak anonymous (GiB)", "while compressing", "weights (MB)"]
+    rows = [["unquantized", f"{_base(evaluations):.2f}", "", "", "", "", "", "", ""]]
+    for name, arm in arms.items():
+        e = evaluations[name]
+        rows.append(
+            [
+                name,
+                f"{e.perplexity.value:.2f}",
+                f"{e.kl.value:.4f}",
+                f"{e.top1.value:.3f}",
+                f"{arm['seconds']['median']:.0f}",
+                f"{arm['compress_seconds']['median']:.0f}",
+                f"{arm['peak_anonymous']['max'] / GIB:.2f}",
+                f"{arm['peak_anonymous_compressing']['max'] / GIB:.2f}",
+                f"{arm['weights_bytes'] / 1e6:.0f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def _base(evaluations: dict[str, Any]) -> float:
+    import math
+
+    return math.exp(statistics.fmean(next(iter(evaluations.values())).reference_nll_per_window))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    common.add_options(parser)
+    parser.add_argument(
+        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each timed arm")
+    args = parser.parse_args()
+    about = facts()
+    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    names = common.pick(list(ARMS), args.only)
+    python = peers.peer_python("llmcompressor", args.envs)
+    with common.kept_folder(args.work) as work:
+        place = {"work": Path(work), "python": python, "model": common.dense_folder(Path(work) / "dense")}
+        place["tokens"] = common.calibration_tokens(
+            setting, place["model"], Path(work) / "tokens.safetensors"
+        )
+        arms = run_arms(names, place, setting, args.repeats)
+        evaluations = common.evaluate_folders(setting, {n: place[n] for n in names}, place["model"])
+    pairs = [
+        (a, b)
+        for a in names
+        for b in names
+        if a != b
+        and ARMS[a].ours
+        and ARMS[a].bits == ARMS[b].bits
+        and (not ARMS[b].ours or ARMS[b].method == "rtn")
+    ]
+    comparisons = [common.compare(evaluations[a], evaluations[b]) for a, b in pairs]
+    content = {
+        "benchmark": "gptq_vs_llmcompressor",
+        "facts": about,
+        "setting": setting.facts() | {"group_size": 64, "symmetric": True, "repeats": args.repeats},
+        "peer": peers.versions("llmcompressor", python),
+        "unquantized_perplexity": _base(evaluations),
+        "arms": {n: arms[n] | {"evaluation": evaluations[n].model_dump(mode="json")} for n in names},
+        "comparisons": comparisons,
+        "verdicts": verdicts(arms, evaluations, comparisons),
+    }
+    path = write_result("gptq_vs_llmcompressor", content)
+    print(f"\n{show(arms, evaluations)}\n")
+    for text, verdict in content["verdicts"].items():
+        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
+    print(f"\nWritten to {path}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What every benchmark shares: measuring a process from outside, facts about the machine, writing results."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "results"
+GIB = 1024**3
+POLL_SECONDS = 0.02
+# Children appear seldom; looking for them costs a walk over /proc, so it is done less often than sampling.
+FAMILY_SECONDS = 0.25
+VERSIONS = ("frugallm", "torch", "transformers", "compressed-tensors", "safetensors", "numpy")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
+
+
+@dataclass
+class Stage:
+    """One stage of a measured process: from the event that opened it to the next one."""
+
+    name: str
+    start_seconds: float
+    seconds: float = 0.0
+    peak_anonymous_bytes: int = 0
+
+
+@dataclass
+class Measurement:
+    """What one process (with its children) took, seen from outside.
+
+    ``peak_anonymous_bytes`` is the largest sum of ``RssAnon`` over the process tree at one moment: memory
+    that the process itself asked for. ``peak_resident_bytes`` also counts mapped files, which the system
+    may drop at will. ``processor_seconds`` is the time of all threads together.
+    """
+
+    command: list[str]
+    status: int
+    seconds: float
+    processor_seconds: float
+    peak_anonymous_bytes: int
+    peak_resident_bytes: int
+    peak_main_anonymous_bytes: int
+    stages: list[Stage] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    log: str = ""
+
+    def stage_seconds(self, name: str) -> float:
+        """Return the seconds spent in all stages called ``name``; a name that never came is an error."""
+        spent = [stage.seconds for stage in self.stages if stage.name == name]
+        if not spent:
+            raise KeyError(f"no stage '{name}' among {[stage.name for stage in self.stages]}")
+        return sum(spent)
+
+    def stage_peak(self, name: str) -> int:
+        """Return the peak of anonymous memory of the process tree within stages called ``name``, in bytes."""
+        return max(stage.peak_anonymous_bytes for stage in self.stages if stage.name == name)
+
+
+def resident(pid: int) -> tuple[int, int]:
+    """Return anonymous and total resident bytes of a process; (0, 0) once it has gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0, 0
+    sizes = {"RssAnon": 0, "VmRSS": 0}
+    for line in text.splitlines():
+        key, _, rest = line.partition(":")
+        if key in sizes:
+            sizes[key] = int(rest.split()[0]) * 1024
+    return sizes["RssAnon"], sizes["VmRSS"]
+
+
+def descendants(pid: int) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+class _EventReader(threading.Thread):
+    """Reads the child's standard error line by line; keeps JSON events with their time, the rest as a log."""
+
+    def __init__(self, stream: Any, began: float) -> None:
+        super().__init__(daemon=True)
+        self.stream, self.began = stream, began
+        self.events: list[dict[str, Any]] = []
+        self.lines: list[str] = []
+        self.stage = Stage("start", 0.0)
+        self.stages = [self.stage]
+
+    def run(self) -> None:
+        for line in self.stream:
+            event = self._event(line)
+            if event is None:
+                self.lines.append(line)
+                continue
+            now = time.perf_counter() - self.began
+            self.events.append({"seconds": round(now, 3), **event})
+            if event["event"] == "stage" and event["text"] != self.stage.name:
+                self.close(now)
+                self.stage = Stage(str(event["text"]), now)
+                self.stages.append(self.stage)
+
+    @staticmethod
+    def _event(line: str) -> dict[str, Any] | None:
+        if not line.startswith("{"):
+            return None
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            return None
+        return event if isinstance(event, dict) and "event" in event else None
+
+    def close(self, now: float) -> None:
+        self.stage.seconds = now - self.stage.start_seconds
+
+
+def measure(
+    command: Sequence[str | Path],
+    *,
+    threads: int = 2,
+    environment: Mapping[str, str] | None = None,
+    data_limit: int | None = None,
+    check: bool = True,
+) -> Measurement:
+    """Run ``command``, follow its ``{"event": "stage", ...}`` lines on standard error, and sample its memory.
+
+    Parameters
+    ----------
+    threads
+        Computing threads, handed on as ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS``.
+    data_limit
+        ``RLIMIT_DATA`` of the process and each of its children, in bytes: an allocation beyond it fails.
+    check
+        Raise when the exit status is not 0.
+    """
+    arguments = [str(part) for part in command]
+    count = str(threads)
+    env = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **(environment or {})}
+    before = _children_seconds()
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        arguments,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=_limiter(data_limit) if data_limit else None,
+    )
+    reader = _EventReader(process.stderr, began)
+    reader.start()
+    peaks = _sample(process, reader)
+    seconds = time.perf_counter() - began
+    processor = _children_seconds() - before
+    reader.join(timeout=10)
+    reader.close(seconds)
+    log = "".join(reader.lines[-200:])
+    if check and process.returncode:
+        raise SystemExit(f"exit status {process.returncode}: {' '.join(arguments)}\n{log[-4000:]}")
+    return Measurement(
+        arguments, process.returncode, seconds, processor, *peaks, reader.stages, reader.events, log
+    )
+
+
+def _children_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _limiter(limit: int) -> Any:
+    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _sample(process: subprocess.Popen[str], reader: _EventReader) -> tuple[int, int, int]:
+    anonymous_peak = resident_peak = main_peak = 0
+    children: list[int] = []
+    looked = 0.0
+    while process.poll() is None:
+        now = time.perf_counter()
+        if now - looked > FAMILY_SECONDS:
+            children, looked = descendants(process.pid), now
+        sizes = [resident(pid) for pid in (process.pid, *children)]
+        anonymous = sum(size[0] for size in sizes)
+        anonymous_peak = max(anonymous_peak, anonymous)
+        resident_peak = max(resident_peak, sum(size[1] for size in sizes))
+        main_peak = max(main_peak, sizes[0][0])
+        reader.stage.peak_anonymous_bytes = max(reader.stage.peak_anonymous_bytes, anonymous)
+        time.sleep(POLL_SECONDS)
+    return anonymous_peak, resident_peak, main_peak
+
+
+def frugal(*arguments: str | Path) -> list[str]:
+    """Return the command line of ``frugal`` of the environment that runs the benchmark."""
+    return [str(Path(sys.executable).with_name("frugal")), *(str(part) for part in arguments)]
+
+
+def spread(values: Sequence[float], unit: str) -> dict[str, Any]:
+    """Return the median of repeated measurements with the single values beside it."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "values": list(values),
+        "unit": unit,
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def _public(argument: str) -> str:
+    """Return a command-line argument without the folders of this machine."""
+    key, equals, value = argument.rpartition("=")
+    return f"{key}{equals}{Path(value).name if Path(value).is_absolute() else value}"
+
+
+def facts() -> dict[str, Any]:
+    """Return everything about the machine, the code and the versions that a number depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = dict(part.split(":", 1) for part in lines if ":" in part)
+    cpu = {key.strip(): value.strip() for key, value in cpu.items()}
+    flags = set(cpu.get("flags", "").split())
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])]),
+        "commit": _git("rev-parse", "HEAD"),
+        "clean": not _git("status", "--porcelain", "--untracked-files=no"),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in VERSIONS},
+        "machine": {
+            "processor": cpu.get("model name", platform.processor()),
+            "flags": [flag for flag in CPU_FLAGS if flag in flags],
+            "cores": len(os.sched_getaffinity(0)),
+            "memory_bytes": psutil.virtual_memory().total,
+            "kernel": platform.release(),
+            "load_before_start": os.getloadavg()[0],
+        },
+    }
+
+
+def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``results/NAME.json``; a result of a tree with local changes goes to ``results/unclean/``."""
+    target = folder if content["facts"]["clean"] else folder / "unclean"
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return path
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,55 @@
+"""The peers' own environments: made once, outside the repository, with pinned versions.
+
+``python benchmarks/peers.py llmcompressor [--envs DIR]`` makes one and prints its Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import venv
+from pathlib import Path
+
+ENVIRONMENTS = Path.home() / ".cache" / "frugallm" / "peers"
+# What is asked for; every other version comes from constraints/NAME.txt beside this file.
+PEERS = {"llmcompressor": ["torch==2.13.0", "llmcompressor==0.14.0.1"]}
+REPORTED = {"llmcompressor": ("llmcompressor", "compressed-tensors", "transformers", "torch", "accelerate")}
+
+
+def peer_python(name: str, environments: Path = ENVIRONMENTS) -> Path:
+    """Return the Python of a peer's environment, which is made if it is not there or is of other pins."""
+    folder = environments.expanduser() / name
+    constraints = Path(__file__).parent / "constraints" / f"{name}.txt"
+    wanted = PEERS[name]
+    pins = hashlib.sha256("\n".join([*wanted, constraints.read_text()]).encode()).hexdigest()
+    python, stamp = folder / "bin" / "python", folder / "pins.sha256"
+    if stamp.exists() and stamp.read_text() == pins:
+        return python
+    venv.create(folder, with_pip=True, clear=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", constraints, *wanted], check=True)
+    subprocess.run([python, "-c", f"import {name}"], check=True, capture_output=True)
+    stamp.write_text(pins)
+    return python
+
+
+def versions(name: str, python: Path) -> dict[str, str]:
+    """Return the installed versions of the peer and of what decides its speed and results."""
+    read = "import json, sys; from importlib.metadata import version"
+    code = f"{read}; print(json.dumps({{name: version(name) for name in sys.argv[1:]}}))"
+    command = [python, "-c", code, *REPORTED[name]]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=sorted(PEERS))
+    parser.add_argument("--envs", type=Path, default=ENVIRONMENTS, help="folder of the environments")
+    args = parser.parse_args()
+    python = peer_python(args.name, args.envs)
+    print(python, json.dumps(versions(args.name, python)))
+
+
+if __name__ == "__main__":
+    main()

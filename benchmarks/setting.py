@@ -1,0 +1,154 @@
+"""The setting of the quality figures: model, calibration tokens, held-out windows, one evaluator for all."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frugallm.evaluate import Evaluation
+
+MODEL = "smollm2-135m-offgrid"
+CALIBRATION, EVALUATION = Path("wikitext2") / "valid.txt", Path("wikitext2") / "test.txt"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Everything that both sides share. ``data`` holds ``wikitext2/valid.txt`` and ``wikitext2/test.txt``."""
+
+    data: Path
+    samples: int = 128
+    seq_len: int = 512
+    windows: int = 32
+    window_length: int = 2048
+    seed: int = 0
+    threads: int = 2
+
+    def facts(self) -> dict[str, Any]:
+        """Return the setting as JSON values, without paths of this machine."""
+        own = {key: value for key, value in asdict(self).items() if key != "data"}
+        return {"model": MODEL, "calibration": str(CALIBRATION), "evaluation": str(EVALUATION), **own}
+
+    def run_options(self) -> list[str]:
+        """Return the options of ``frugal run`` that stand for this setting."""
+        return [
+            f"--text={self.data / CALIBRATION}",
+            f"--samples={self.samples}",
+            f"--seq-len={self.seq_len}",
+            f"--seed={self.seed}",
+            f"--threads={self.threads}",
+            "--no-evaluate",
+            "--progress=json",
+        ]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that make a :class:`Setting`; the defaults are those of the published figures."""
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with wikitext2/valid.txt and test.txt"
+    )
+    parser.add_argument("--samples", type=int, default=Setting.samples, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=Setting.windows, help="held-out windows")
+    parser.add_argument("--threads", type=int, default=Setting.threads)
+    parser.add_argument(
+        "--work", type=Path, help="keep models and outputs there (default: a temporary folder)"
+    )
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="run only arms whose name contains one of these"
+    )
+
+
+def dense_folder(folder: Path) -> Path:
+    """Write the model once as a plain float32 Hugging Face folder, from which every side starts."""
+    import torch
+
+    from frugallm.models.open import dense_model, open_checkpoint
+
+    if not (folder / "config.json").exists():
+        checkpoint = open_checkpoint(MODEL)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in checkpoint.companions().items():
+            (folder / name).write_bytes(content)
+        checkpoint.tokenizer.save_pretrained(folder)
+        dense_model(checkpoint, torch.float32).save_pretrained(folder)
+    return folder
+
+
+def calibration_tokens(setting: Setting, model: Path, file: Path) -> Path:
+    """Write the windows that ``frugal run`` calibrates with for the peer: ``input_ids (samples, length)``."""
+    from safetensors.torch import save_file
+
+    from frugallm.models.open import open_checkpoint
+    from frugallm.text import calibration_windows, open_text
+
+    tokenizer = open_checkpoint(model).tokenizer
+    text = open_text(setting.data / CALIBRATION, "calibrate", tokenizer)
+    windows = calibration_windows(text, tokenizer, setting.samples, setting.seq_len, setting.seed)
+    save_file({"input_ids": windows}, file)
+    return file
+
+
+def evaluate_folders(setting: Setting, candidates: dict[str, Path], reference: Path) -> dict[str, Evaluation]:
+    """Return one evaluation per candidate folder against ``reference``, all on the same windows."""
+    import torch
+
+    from frugallm.evaluate import TextFacts, evaluate_all
+    from frugallm.models.open import open_checkpoint
+    from frugallm.text import evaluation_windows, leading_bos, open_text
+
+    torch.set_num_threads(setting.threads)
+    tokenizer = open_checkpoint(reference).tokenizer
+    text = open_text(setting.data / EVALUATION, "evaluate", tokenizer)
+    text = text.model_copy(update={"name": str(EVALUATION)})
+    windows = evaluation_windows(text, tokenizer, setting.windows, setting.window_length)
+    found = evaluate_all(
+        {name: str(path) for name, path in candidates.items()},
+        str(reference),
+        windows,
+        text=TextFacts.of(text, windows),
+        bos=leading_bos(tokenizer) is not None,
+        tokenizer=tokenizer,
+    )
+    return {name: evaluation.model_copy(update={"against": MODEL}) for name, evaluation in found.items()}
+
+
+def compare(ours: Evaluation, theirs: Evaluation, seed: int = 0) -> dict[str, Any]:
+    """Return perplexity and KL of ours against theirs with paired 95 % intervals over the same windows."""
+    import torch
+
+    from frugallm.evaluate.bootstrap import measure
+
+    def gap(name: str) -> torch.Tensor:
+        one, other = (torch.tensor(getattr(e, name), dtype=torch.float64) for e in (ours, theirs))
+        return one - other
+
+    return {
+        "ours": ours.model,
+        "theirs": theirs.model,
+        "perplexity_difference": ours.perplexity.value - theirs.perplexity.value,
+        "perplexity_ratio": measure(gap("nll_per_window"), "", seed, torch.exp).model_dump(),
+        "kl_difference": measure(gap("kl_per_window"), "nats/token", seed).model_dump(),
+    }
+
+
+def pick(arms: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return the arms whose name contains one of ``wanted``; all if nothing is wanted."""
+    return [arm for arm in arms if not wanted or any(word in arm for word in wanted)]
+
+
+def kept_folder(work: Path | None) -> AbstractContextManager[str]:
+    """Return ``work``, made if need be, or a temporary folder that goes when the context ends."""
+    if work is None:
+        return tempfile.TemporaryDirectory(prefix="frugallm-benchmark-")
+    work.mkdir(parents=True, exist_ok=True)
+    return nullcontext(str(work))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of the weights in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
