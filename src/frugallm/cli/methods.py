@@ -1,0 +1,66 @@
+"""``frugal methods``: the survey's table, and what of it works."""
+
+from __future__ import annotations
+
+import json as json_format
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from frugallm.cli.options import Debug
+
+if TYPE_CHECKING:
+    from frugallm.catalogue import Entry
+
+STYLES = {"works": "green", "preview": "yellow", "planned": "dim"}
+
+
+def methods(
+    section: Annotated[
+        str, typer.Option(metavar="TEXT", help="only sections that contain this text, e.g. 1.1.1")
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="print the table as JSON")] = False,
+    debug: Debug = False,
+) -> None:
+    """List the rows of the survey with their state and methods."""
+    from frugallm.catalogue import survey, unlisted
+
+    entries = survey(section)
+    if json:
+        typer.echo(json_format.dumps([entry.model_dump(mode="json") for entry in entries], indent=1))
+        return
+    show(entries)
+    if not section:
+        typer.echo("Without a row of their own: " + ", ".join(entry.name for entry in unlisted()))
+
+
+def show(entries: list[Entry]) -> None:
+    """Print the table, one heading per section."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("id", "name", "state", "methods", "claim"):
+        table.add_column(heading, overflow="fold")
+    last = ""
+    for entry in entries:
+        if entry.section != last:
+            table.add_row(f"[bold]{escape(entry.section)}[/bold]")
+            last = entry.section
+        names = ", ".join(method.name for method in entry.methods)
+        state = f"[{STYLES[entry.state]}]{entry.state}[/]"
+        table.add_row(entry.id, escape(entry.name), state, names, escape(claim_text(entry.claim)))
+    console.print(table)
+    counts = {state: sum(entry.state == state for entry in entries) for state in STYLES}
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
+
+
+def claim_text(claim: dict[str, Any] | None) -> str:
+    """Return a claim in a few words: ``kl 0.51 against 0.93 (rtn W3), held``."""
+    if claim is None:
+        return ""
+    verdict = "held" if claim["passed"] else "not held"
+    values = f"{claim['metric']} {claim['value']:.4g} against {claim['baseline_value']:.4g}"
+    return f"{values} ({claim['baseline']}), {verdict}"

@@ -1,0 +1,100 @@
+"""``frugal run``: compress a model, verify and measure the result."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from frugallm.cli.options import Debug, Model, show_markdown
+
+if TYPE_CHECKING:
+    from frugallm.recipe import Recipe
+
+
+def run(
+    model: Model,
+    steps: Annotated[
+        list[str] | None, typer.Argument(metavar="[STEP[:key=value,…]…]", help="methods, in order")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="FILE_OR_NAME", help="steps from a recipe")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to write; must not exist")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where a killed run stopped")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
+    text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="calibration text: file, folder, data set")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", help="calibration windows")] = 128,
+    seq_len: Annotated[int, typer.Option(metavar="N", help="tokens per calibration window")] = 512,
+    seed: Annotated[int, typer.Option(metavar="N", help="seed of every random choice")] = 0,
+    eval_text: Annotated[str | None, typer.Option(metavar="TEXT", help="held-out text to measure on")] = None,
+    windows: Annotated[int, typer.Option(metavar="N", help="evaluation windows of 2048 tokens")] = 8,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="do not measure quality")] = False,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="type of tensors that stay uncompressed")
+    ] = "bf16",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="where to compute")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", help="processor threads; default: all cores")
+    ] = None,
+    progress: Annotated[str, typer.Option(metavar="MODE", help="auto, bar, json or none")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
+    debug: Debug = False,
+) -> None:
+    """Compress MODEL with the steps, verify the result, measure it, and write it to --out."""
+    from frugallm.errors import OutputError
+    from frugallm.progress import Progress
+
+    chosen = read_recipe(steps or [], recipe)
+    if out is None:
+        raise OutputError("a run needs a folder to write to", "Add --out DIR")
+    shown = Progress("none" if quiet else progress)  # type: ignore[arg-type]
+
+    from frugallm.run import run as run_job
+
+    try:
+        with shown:
+            report = run_job(
+                model,
+                chosen,
+                out=out,
+                resume=resume,
+                overwrite=overwrite,
+                text=text,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                eval_text=eval_text,
+                windows=windows,
+                evaluate=not no_evaluate,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                progress=shown,
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; continue with: {resume_command(sys.argv[1:])}", err=True)
+        raise
+    if not quiet:
+        show_markdown(report.to_markdown())
+
+
+def read_recipe(steps: list[str], recipe: str | None) -> Recipe:
+    """Return the recipe that a command line names: a file's steps, then those written out."""
+    from frugallm.recipe import Recipe
+
+    if recipe is None:
+        return Recipe.parse(steps)
+    loaded = Recipe.load(recipe)
+    if not steps:
+        return loaded
+    return Recipe(steps=(*loaded.steps, *Recipe.parse(steps).steps), title=loaded.title, why=loaded.why)
+
+
+def resume_command(arguments: list[str]) -> str:
+    """Return the same command with ``--resume``."""
+    kept = [a for a in arguments if a not in ("--resume", "--overwrite")]
+    return shlex.join(["frugal", *kept, "--resume"])
