@@ -114,7 +114,8 @@ def from_hub(name: str) -> Path:
         RepositoryNotFoundError,
     )
 
-    transport = HfHubHTTPError.__bases__[0]  # what the hub's HTTP client, whichever it is, raises
+    # What the hub's HTTP client raises, whichever client it is.
+    transport: type[BaseException] = HfHubHTTPError.__mro__[1]
     online = _hub_answers()
     try:
         return Path(

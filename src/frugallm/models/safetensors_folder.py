@@ -52,7 +52,10 @@ class SafetensorsFolder(Checkpoint):
         raw = read_config(self.path)
         self.compressed = "quantization_config" in raw
         self.config = parse_config(raw, self.path / "config.json")
-        self.family = family_of(self.config)
+        try:
+            self.family = family_of(self.config)
+        except ModelError as error:
+            raise ModelError(f"{self.path}: {error.message}", error.hint) from error
         self._files = {file: open_safetensors(self.path / file) for file in weight_files(self.path)}
         self._holder = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
         check_index(self.path, self._holder)
