@@ -35,24 +35,25 @@ def methods(
 
 
 def show(entries: list[Entry]) -> None:
-    """Print the table, one heading per section."""
+    """Print the table, one part per section."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    table = Table(box=None, pad_edge=False)
-    for heading in ("id", "name", "state", "methods", "claim"):
-        table.add_column(heading, overflow="fold")
-    last = ""
-    for entry in entries:
-        if entry.section != last:
-            table.add_row(f"[bold]{escape(entry.section)}[/bold]")
-            last = entry.section
-        names = ", ".join(method.name for method in entry.methods)
-        state = f"[{STYLES[entry.state]}]{entry.state}[/]"
-        table.add_row(entry.id, escape(entry.name), state, names, escape(claim_text(entry.claim)))
-    console.print(table)
+    for section in dict.fromkeys(entry.section for entry in entries):
+        table = Table(
+            title=escape(section), title_justify="left", title_style="bold", box=None, pad_edge=False
+        )
+        for heading, width in {"id": 20, "state": 8, "methods": 12}.items():
+            table.add_column(heading, min_width=width, no_wrap=True)
+        table.add_column("name", overflow="fold")
+        table.add_column("claim", overflow="fold")
+        for entry in (entry for entry in entries if entry.section == section):
+            names = ", ".join(method.name for method in entry.methods)
+            state = f"[{STYLES[entry.state]}]{entry.state}[/]"
+            table.add_row(entry.id, state, names, escape(entry.name), escape(claim_text(entry.claim)))
+        console.print(table, "")
     counts = {state: sum(entry.state == state for entry in entries) for state in STYLES}
     console.print(", ".join(f"{count} {state}" for state, count in counts.items()))
 
