@@ -167,7 +167,7 @@ def test_default_model_loads_in_time_and_answers() -> None:
     start = time.process_time()
     checkpoint = open_checkpoint("smollm2-135m")
     model, tokenizer = dense_model(checkpoint), checkpoint.tokenizer
-    assert time.process_time() - start < 8  # processor seconds: other work on the machine does not count
+    assert time.process_time() - start < 10  # processor seconds: other work on the machine does not count
     assert checkpoint.metadata["license"] == "apache-2.0"
     assert b"Apache License" in checkpoint.companions()["LICENSE"]
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
