@@ -21,6 +21,7 @@ from frugallm.compress.plan import Plan, make_plan
 from frugallm.errors import OutputError
 from frugallm.formats import compressed_tensors, folder, shards
 from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor
+from frugallm.formats.stored import Stored
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.progress import Progress
 from frugallm.recipe import Recipe
@@ -136,6 +137,10 @@ class Workplace:
         """Return the file of what was measured on one part."""
         return self.path / f"{part}.json"
 
+    def stored(self, job: Job) -> Stored:
+        """Return the model as far as it is written."""
+        return Stored(job.checkpoint, job.plan, self.shard)
+
     def finish(self) -> None:
         """Give the folder its name and remove the rest."""
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -189,18 +194,19 @@ def compress(job: Job, place: Workplace, progress: Progress) -> None:
         stored=job.stored,
         hidden_limit=job.hidden_limit,
     )
+    stored = place.stored(job)
     _write_table(job, place)
     todo = [i for i in range(len(walk)) if not place.shard(f"block-{i:05d}").exists()]
     if todo and walk.windows is not None:
         progress.event("stage", text="embedding")
-        walk.embed(lambda start, stop: _stored_rows(job, place, start, stop))
+        name = f"{job.checkpoint.family.embedding}.weight"
+        walk.embed(lambda start, stop: stored.rows(name, start, stop))
     for index in range(len(walk)) if todo else ():
         part = f"block-{index:05d}"
         if index not in todo:
             if walk.hidden is not None:
                 progress.event("stage", text=f"through block {index + 1} as stored")
-                state, scales = read_block(job, place, index)
-                walk.replay(index, state, scales)
+                walk.replay(index, stored.block_state(index), stored.input_scale)
             continue
         progress.event("stage", text="walk")
         done = walk.solve(index)
@@ -240,16 +246,6 @@ def _write_table(job: Job, place: Workplace) -> None:
         shards.write_shard(path, _table_tensors(job, job.checkpoint.family.embedding))
 
 
-def _stored_rows(job: Job, place: Workplace, start: int, stop: int) -> Tensor:
-    """Return rows of the embedding as they are stored."""
-    name = job.checkpoint.family.embedding
-    table = job.plan.tables.get(name)
-    rows = job.checkpoint.rows(f"{name}.weight", start, stop)
-    if table is None:
-        return rows.to(job.stored)
-    return table.solver.solve(rows.float(), table.scheme).dequantize()
-
-
 def _write_block(job: Job, place: Workplace, part: str, done: SolvedBlock) -> None:
     tensors: dict[str, Tensor] = {}
     for name, tensor in done.block.state.items():
@@ -278,26 +274,6 @@ def _write_final(job: Job, place: Workplace) -> None:
         else:
             tensors[name] = job.checkpoint.tensor(name).to(job.stored)
     shards.write_shard(path, tensors)
-
-
-def read_block(job: Job, place: Workplace, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return a block's tensors as stored, by name inside the block, and its static input scales by linear."""
-    family = job.checkpoint.family
-    tensors = shards.read_shard(place.shard(f"block-{index:05d}"))
-    state: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
-    prefix = family.block(index) + "."
-    quantized = [p for p in family.linears if prefix + p in job.plan.linears]
-    for path in quantized:
-        scheme = job.plan.linears[prefix + path].scheme
-        state[f"{path}.weight"] = compressed_tensors.decode_linear(prefix + path, tensors, scheme).dequantize()
-        if f"{prefix}{path}.input_scale" in tensors:
-            scales[path] = tensors[f"{prefix}{path}.input_scale"]
-    for name, tensor in tensors.items():
-        path, _, leaf = name.removeprefix(prefix).rpartition(".")
-        if path not in quantized or leaf == "bias":
-            state[f"{path}.{leaf}"] = tensor.float()
-    return state, scales
 
 
 def assemble(job: Job, place: Workplace) -> None:

@@ -144,6 +144,10 @@ def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         SafetensorError,
     ) as error:
         raise ModelError(f"{folder} cannot be loaded by transformers ({error})") from error
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        # compressed-tensors would wait for a call of the whole model; its decoder may be called alone.
+        compressor.decompress_model(model)
     return model.requires_grad_(False).eval()
 
 

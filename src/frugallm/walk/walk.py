@@ -143,9 +143,16 @@ class Walk:
         done.seconds["total"] = time.perf_counter() - started
         return done
 
-    def replay(self, index: int, state: dict[str, Tensor], input_scales: dict[str, Tensor]) -> None:
-        """Move the hidden states through block ``index`` as it was stored."""
-        self._advance(SolvedBlock(self.load(index, state), input_scales=dict(input_scales)), solving=False)
+    def replay(self, index: int, state: dict[str, Tensor], input_scale: Callable[[str], Tensor | None]) -> None:
+        """Move the hidden states through block ``index`` as it was stored; ``input_scale`` by full name."""
+        done = SolvedBlock(self.load(index, state))
+        for path in self.family.linears:
+            plan = self.plan.linears.get(done.block.full_name(path))
+            if plan is not None and plan.scheme.activations is not None:
+                scale = input_scale(done.block.full_name(path))
+                if scale is not None:
+                    done.input_scales[path] = scale
+        self._advance(done, solving=False)
 
     def observe(self, block: Block, needs: frozenset[str]) -> dict[str, Statistics]:
         """Return statistics of every site of ``block`` as it is, the hidden states untouched."""

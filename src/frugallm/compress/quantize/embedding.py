@@ -66,7 +66,7 @@ class Embedding(TableMethod):
 
     def solve(self, rows: Tensor, scheme: WeightScheme) -> QuantizedTensor:
         """Round some rows ``(rows, width)``."""
-        return round_to_nearest(rows, scheme, "none" if scheme.bits == 8 else "mse")
+        return round_to_nearest(rows, scheme, "minmax" if scheme.bits == 8 else "mse")
 
     @classmethod
     def claim(cls, bench: Bench) -> Claim:

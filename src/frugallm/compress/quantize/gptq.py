@@ -30,7 +30,7 @@ Columns are taken in order of decreasing ``H_jj`` (``act_order``), which the aut
 the order. Without it GPTQ lost to plain rounding on SmolLM2-135M although its proxy loss was far lower. Inputs are
 those of the model as stored up to and including the linears before this one in the same block ("true sequential").
 Symmetric by default, as engines load that everywhere. ``search="mse"`` (the code's ``mse``, here with the input's mean
-square as weight, and with either sign of the scale) is the default; ``search="none"`` is the paper's plain range.
+square as weight, and with either sign of the scale) is the default; ``search="minmax"`` is the paper's plain range.
 
 References
 ----------
@@ -83,7 +83,7 @@ class GPTQ(BlockMethod):
     symmetric: bool = Field(True, description="no zero point")
     damp: float = Field(0.01, ge=0, le=1, description="added to the diagonal of H, as a fraction of its mean")
     act_order: bool = Field(True, description="take columns in order of decreasing H_jj, with static groups")
-    search: Literal["none", "mse"] = Field("mse", description="how a group's range is chosen")
+    search: Literal["minmax", "mse"] = Field("mse", description="how a group's range is chosen")
 
     def weights(self, widths: Mapping[str, int]) -> WeightScheme:
         """Return the grid for linears of these widths."""
@@ -100,5 +100,5 @@ class GPTQ(BlockMethod):
     def claim(cls, bench: Bench) -> Claim:
         """Compare with rounding at 3 bits on the same grid: KL to the original, held-out text."""
         return bench.claim_lower(
-            ours=[cls(bits=3, search="none")], baseline=[RTN(bits=3)], baseline_name="rtn W3, same groups"
+            ours=[cls(bits=3, search="minmax")], baseline=[RTN(bits=3)], baseline_name="rtn W3, same groups"
         )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 
-Search = Literal["none", "mse"]
+Search = Literal["minmax", "mse"]
 
 
 def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
@@ -49,7 +49,7 @@ def _asymmetric(low: Tensor, high: Tensor, scheme: WeightScheme) -> tuple[Tensor
 
 
 def fit(
-    weight: Tensor, scheme: WeightScheme, search: Search = "none", importance: Tensor | None = None
+    weight: Tensor, scheme: WeightScheme, search: Search = "minmax", importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Choose scale and zero point of every group.
 
@@ -58,7 +58,7 @@ def fit(
     weight
         ``(out, in)`` float32.
     search
-        ``"none"``: the group's range. ``"mse"``: of a list of candidate ranges the one with the least squared rounding
+        ``"minmax"``: the group's range. ``"mse"``: of a list of candidate ranges the one with the least squared rounding
         error; symmetric candidates come with either sign, so that the extreme value may use the one extra code at
         ``-2^(b-1)``, at no cost.
     importance
@@ -140,7 +140,7 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def round_to_nearest(
-    weight: Tensor, scheme: WeightScheme, search: Search = "none", importance: Tensor | None = None
+    weight: Tensor, scheme: WeightScheme, search: Search = "minmax", importance: Tensor | None = None
 ) -> QuantizedTensor:
     """Store every weight at its nearest grid value."""
     weight = weight.float().contiguous()

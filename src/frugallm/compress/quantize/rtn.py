@@ -27,7 +27,7 @@ Seconds; no calibration text; memory of one block.
 Differences from the paper
 --------------------------
 There is no single paper. ``search="mse"`` tries 17 narrower ranges per group as GPTQ's reference code can (``mse``);
-the baseline of all claims is ``search="none"``.
+the baseline of all claims is ``search="minmax"``.
 
 References
 ----------
@@ -67,7 +67,7 @@ class RTN(BlockMethod):
         None, ge=-1, description="input columns that share one scale; -1: the whole row; null: 128 or what fits"
     )
     symmetric: bool = Field(True, description="no zero point")
-    search: Literal["none", "mse"] = Field("none", description="how a group's range is chosen")
+    search: Literal["minmax", "mse"] = Field("minmax", description="how a group's range is chosen")
 
     def weights(self, widths: Mapping[str, int]) -> WeightScheme:
         """Return the grid for linears of these widths."""

@@ -1,0 +1,66 @@
+"""Which engine loads what: one data table, ``engines.yaml``, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import resources
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from frugallm.compress.plan import Plan
+
+Inputs = Literal["none", "token", "static"]
+
+
+class Support(BaseModel):
+    """One row of the table: an engine on a device, and the schemes it loads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str
+    version: str
+    device: str
+    weights: tuple[int, ...]
+    inputs: tuple[Inputs, ...]
+    tables: tuple[int, ...]
+    seen: Literal["tested", "documented", "no"]
+    note: str = ""
+
+
+@cache
+def table() -> tuple[Support, ...]:
+    """Return all rows."""
+    text = resources.files("frugallm.formats").joinpath("engines.yaml").read_text(encoding="utf-8")
+    return tuple(Support(**row) for row in yaml.safe_load(text))
+
+
+def schemes(plan: Plan) -> tuple[set[int], set[Inputs], set[int]]:
+    """Return the bits of weights, the kinds of inputs and the bits of tables that a plan stores."""
+    weights, inputs = set(), set()
+    for linear in plan.linears.values():
+        weights.add(linear.scheme.weights.bits)
+        rounded = linear.scheme.activations
+        inputs.add("none" if rounded is None else "token" if rounded.dynamic else "static")
+    return weights, inputs, {t.scheme.bits for t in plan.tables.values()} or {16}
+
+
+def loads(row: Support, weights: Iterable[int], inputs: Iterable[Inputs], tables: Iterable[int]) -> bool:
+    """Whether a row covers all of these."""
+    return set(weights) <= set(row.weights) and set(inputs) <= set(row.inputs) and set(tables) <= set(row.tables)
+
+
+def engines_for(plan: Plan) -> list[Support]:
+    """Return the rows that say something about results of this plan, engines that refuse it included."""
+    weights, inputs, tables = schemes(plan)
+    rows = [r for r in table() if loads(r, weights, inputs, tables)]
+    known = {(r.engine, r.device) for r in rows}
+    refusals = [r for r in table() if r.seen == "no" and not r.weights and (r.engine, r.device) not in known]
+    return rows + refusals
+
+
+def loads_in_transformers(plan: Plan) -> bool:
+    """Whether plain transformers loads the result the default way."""
+    return any(row.engine == "transformers" and row.seen != "no" for row in engines_for(plan))

@@ -1,0 +1,97 @@
+"""A compressed model as a checkpoint: every tensor has the value that its stored form stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from frugallm.compress.plan import Plan
+from frugallm.formats import compressed_tensors
+from frugallm.formats.quantized_tensor import LinearScheme
+from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.open import dense_model
+from frugallm.walk.walk import round_activations
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Stored(Checkpoint):
+    """What a job has written, read back by its plan.
+
+    Parameters
+    ----------
+    base
+        The model before compression; names, shapes, configuration and companions are its own.
+    plan
+        How each linear and table is stored.
+    shard
+        Returns the file of a part: ``embedding``, ``block-00000`` …, ``final``.
+    """
+
+    def __init__(self, base: Checkpoint, plan: Plan, shard: Callable[[str], Path]) -> None:
+        self.base, self.plan, self.shard = base, plan, shard
+        self.name, self.config, self.family = f"{base.name} as stored", base.config, base.family
+
+    def names(self) -> list[str]:  # noqa: D102
+        return self.base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
+        return self.base.shape(name)
+
+    def digest(self) -> str:  # noqa: D102
+        raise NotImplementedError("the digest of a result is that of its files")
+
+    def companions(self) -> dict[str, bytes]:  # noqa: D102
+        return self.base.companions()
+
+    def _load_tokenizer(self) -> Any:
+        return self.base.tokenizer
+
+    def part(self, name: str) -> Path:
+        """Return the file that holds a tensor."""
+        if name.startswith(f"{self.family.blocks}."):
+            index = int(name.removeprefix(f"{self.family.blocks}.").split(".")[0])
+            return self.shard(f"block-{index:05d}")
+        return self.shard("embedding" if name == f"{self.family.embedding}.weight" else "final")
+
+    def where(self, name: str) -> str:  # noqa: D102
+        return str(self.part(name))
+
+    def input_scale(self, path: str) -> Tensor | None:
+        """Return the static input scale ``(1,)`` of a linear, if it has one."""
+        with safe_open(self.part(f"{path}.weight"), "pt") as file:
+            name = f"{path}.input_scale"
+            return file.get_tensor(name) if name in set(file.keys()) else None
+
+    def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
+        path = name.removesuffix(".weight")
+        linear, table = self.plan.linears.get(path), self.plan.tables.get(path)
+        with safe_open(self.part(name), "pt") as file:
+            if not name.endswith(".weight") or (linear is None and table is None):
+                return file.get_tensor(name)[start:stop].float()
+            tensors = {k: file.get_tensor(k) for k in file.keys() if k.startswith(f"{path}.")}  # noqa: SIM118
+        if table is not None:
+            q = compressed_tensors.decode_linear(path, tensors, LinearScheme(weights=table.scheme), table=True)
+        else:
+            assert linear is not None
+            q = compressed_tensors.decode_linear(path, tensors, linear.scheme)
+        return q.dequantize() if start is None or stop is None else q.rows(start, stop).dequantize()
+
+
+def model_in_memory(stored: Stored) -> PreTrainedModel:
+    """Return the plain model, float32, with the stored values, its inputs rounded as the schemes say."""
+    model = dense_model(stored, torch.float32)
+    for path, plan in stored.plan.linears.items():
+        scheme = plan.scheme.activations
+        if scheme is not None:
+            scale = stored.input_scale(path)
+            model.get_submodule(path).register_forward_pre_hook(
+                lambda _, inputs, scheme=scheme, scale=scale: (round_activations(inputs[0], scheme, scale),)
+            )
+    return model

@@ -1,0 +1,272 @@
+"""The main job: compress a model, prove what it cost, hand it on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from frugallm.errors import DataError, ParameterError, nearest
+from frugallm.progress import Progress
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from frugallm.evaluate.report import Report
+    from frugallm.job import Job, Workplace
+    from frugallm.method import Method
+    from frugallm.models.checkpoint import Checkpoint
+    from frugallm.recipe import Recipe
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+#: Weights of a whole model in float32, once here and once in the process that verifies, and room to compute.
+BYTES_PER_WEIGHT_TO_VERIFY = 10
+
+
+@dataclass
+class Clock:
+    """Seconds by phase and the peak of anonymous memory while compressing."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    baseline_bytes: int = 0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block of code to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def run(
+    model: Any,
+    steps: Recipe | str | Path | Method | Iterable[Method | str],
+    *,
+    out: str | Path,
+    tokenizer: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    text: str | Path | None = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    eval_text: str | Path | None = None,
+    windows: int = 8,
+    evaluate: bool = True,
+    verify: bool = True,
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
+    device: str = "cpu",
+    threads: int | None = None,
+    hidden_limit: int = 2**30,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress a model and write it, with what it cost, to a new folder.
+
+    Parameters
+    ----------
+    model
+        A name, a folder, a GGUF file or a loaded ``transformers`` model (which needs ``tokenizer``).
+    steps
+        A :class:`~frugallm.recipe.Recipe`, a recipe file or preset, methods, or steps as on the command line.
+    out
+        The folder to write. Unfinished work lies beside it, in ``out`` + ``.partial``.
+    resume, overwrite
+        Go on with unfinished work; or remove what is there first.
+    text, samples, seq_len
+        Calibration text (``None``: the embedded one) and how many windows of how many tokens of it.
+    seed
+        Of every random choice.
+    eval_text, windows
+        Held-out text (``None``: the embedded one, smoke figures) and how many windows of 2048 tokens.
+    evaluate, verify
+        Measure quality and speed; load the result in a process of its own and compare.
+    dtype
+        Type of tensors that stay uncompressed.
+    threads
+        Processor threads; ``None``: as many as torch uses.
+    hidden_limit
+        Bytes of hidden states that stay in memory; more are kept in a file.
+
+    Returns
+    -------
+    Report
+        What was measured; also written to the folder.
+
+    Raises
+    ------
+    FrugalError
+        Bad input, before any work. ``JobError`` if the result does not verify.
+
+    Examples
+    --------
+    >>> import frugallm
+    >>> frugallm.run("smollm2-135m", ["gptq:bits=4"], out="runs/demo")  # doctest: +SKIP
+    """
+    progress = progress or Progress()
+    job, place = _prepare(
+        model, steps, out, tokenizer, text, samples, seq_len, seed, dtype, device, threads, hidden_limit, progress
+    )
+    from frugallm.evaluate.report import Report
+    from frugallm.report_files import MEASUREMENTS
+
+    if not place.prepare(job, resume=resume, overwrite=overwrite):
+        progress.event("note", text=f"{place.out} is finished already")
+        progress.event("done", out=str(place.out), seconds=0.0)
+        return Report.from_json((place.out / MEASUREMENTS).read_text(encoding="utf-8"))
+    held_out = _held_out(job, eval_text, windows) if evaluate else None
+    return _carry_out(job, place, held_out, verify=verify, resumed=resume, progress=progress)
+
+
+def _prepare(
+    model: Any,
+    steps: Any,
+    out: str | Path,
+    tokenizer: Any,
+    text: str | Path | None,
+    samples: int,
+    seq_len: int,
+    seed: int,
+    dtype: str,
+    device: str,
+    threads: int | None,
+    hidden_limit: int,
+    progress: Progress,
+) -> tuple[Job, Workplace]:
+    """Read and check all input; nothing is written."""
+    if dtype not in DTYPES:
+        raise ParameterError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'", nearest(dtype, DTYPES))
+    if device != "cpu":
+        raise ParameterError(f"device '{device}' is not supported yet", "The walk runs on the CPU: --device cpu")
+    if threads is not None and threads < 1:
+        raise ParameterError(f"threads must be 1 or more; got {threads}")
+    from frugallm.recipe import Recipe
+
+    recipe = Recipe.of(steps)
+    import torch
+
+    from frugallm.evaluate.precision import fast_dtype
+    from frugallm.job import Job, Workplace, needs_text
+    from frugallm.compress.plan import make_plan
+    from frugallm.models.open import open_checkpoint
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    progress.event("stage", text="reading the model")
+    checkpoint = open_checkpoint(model, tokenizer)
+    plan = make_plan(recipe.steps, checkpoint)
+    tokens, facts = None, None
+    if needs_text(plan):
+        tokens, facts = _calibration(checkpoint, text, samples, seq_len, seed)
+    place = Workplace(Path(out))
+    progress.event("start", model=checkpoint.name, recipe=" ".join(recipe.to_cli()), out=str(place.out))
+    for note in plan.notes:
+        progress.event("note", text=note)
+    _note_engines(plan, progress)
+    job = Job(
+        checkpoint,
+        recipe,
+        plan,
+        tokens,
+        facts,
+        seed,
+        getattr(torch, DTYPES[dtype]),
+        fast_dtype(),
+        torch.get_num_threads(),
+        hidden_limit,
+    )
+    return job, place
+
+
+def _note_engines(plan: Any, progress: Progress) -> None:
+    """Say beforehand what will not load the result."""
+    from frugallm.formats.engines import engines_for, loads_in_transformers
+
+    if not loads_in_transformers(plan):
+        refusal = next((r for r in engines_for(plan) if r.engine == "transformers"), None)
+        progress.event("warn", text=f"transformers will not load the result: {refusal.note if refusal else 'no row'}")
+
+
+def _calibration(
+    checkpoint: Checkpoint, text: str | Path | None, samples: int, seq_len: int, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
+    from frugallm.text import calibration_windows, open_text
+
+    longest = getattr(checkpoint.config, "max_position_embeddings", None)
+    if longest and seq_len > longest:
+        raise DataError(f"seq_len {seq_len} is beyond the model's context of {longest} tokens", "Use less")
+    opened = open_text(text, "calibrate", checkpoint.tokenizer)
+    tokens = calibration_windows(opened, checkpoint.tokenizer, samples, seq_len, seed)
+    return tokens, {"name": opened.name, "digest": opened.digest, "smoke": opened.smoke}
+
+
+def _held_out(job: Job, text: str | Path | None, windows: int) -> tuple[Tensor, Any]:
+    from frugallm.evaluate import TextFacts
+    from frugallm.text import evaluation_windows, open_text
+
+    opened = open_text(text, "evaluate", job.checkpoint.tokenizer)
+    longest = min(2048, getattr(job.checkpoint.config, "max_position_embeddings", 2048))
+    tokens = evaluation_windows(opened, job.checkpoint.tokenizer, windows, longest)
+    return tokens, TextFacts.of(opened, tokens)
+
+
+def _carry_out(
+    job: Job, place: Workplace, held_out: tuple[Tensor, Any] | None, *, verify: bool, resumed: bool, progress: Progress
+) -> Report:
+    from frugallm.evaluate.memory import AnonymousPeak
+    from frugallm.job import assemble, compress
+    from frugallm.measure import Measured, measure_before_and_after
+    from frugallm.report_files import write_report_files
+
+    clock = Clock()
+    with clock.phase("compress"), AnonymousPeak() as memory:
+        compress(job, place, progress)
+    clock.peak_bytes, clock.baseline_bytes = memory.peak, memory.baseline
+    progress.event("stage", text="writing the folder")
+    with clock.phase("write"):
+        assemble(job, place)
+    measured = Measured()
+    need = _verification_bytes(job.checkpoint)
+    room = available_bytes()
+    if need > room and (verify or held_out is not None):
+        measured.notes.append(
+            f"not verified and not measured: that needs about {need / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are free"
+        )
+        progress.event("warn", text=measured.notes[-1])
+    elif verify or held_out is not None:
+        measured = measure_before_and_after(job, place, held_out, verify=verify, clock=clock, progress=progress)
+    report = write_report_files(job, place, measured, clock, resumed=resumed)
+    place.finish()
+    progress.event("done", out=str(place.out), seconds=round(sum(clock.seconds.values()), 3))
+    return report
+
+
+def _verification_bytes(checkpoint: Checkpoint) -> int:
+    import math
+
+    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    return BYTES_PER_WEIGHT_TO_VERIFY * weights
+
+
+def available_bytes() -> int:
+    """Return how much memory this process may still take, limits set on it included."""
+    import psutil
+
+    from frugallm.evaluate.memory import anonymous_bytes
+
+    room = int(psutil.virtual_memory().available)
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        return room
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            room = min(room, soft - anonymous_bytes())
+    return room
