@@ -18,7 +18,7 @@ from torch import Tensor
 
 import frugallm
 from frugallm.compress.plan import Plan, make_plan
-from frugallm.errors import OutputError
+from frugallm.errors import DataError, OutputError
 from frugallm.formats import compressed_tensors, folder, shards
 from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor
 from frugallm.formats.stored import Stored
@@ -184,7 +184,15 @@ def _short(value: Any) -> str:
 
 
 def compress(job: Job, place: Workplace, progress: Progress) -> None:
-    """Write every part of the model that is not there yet, walking through what is."""
+    """Write every part of the model that is not there yet, walking through what is.
+
+    Raises
+    ------
+    DataError
+        If a step reads calibration text and there is none; nothing is written.
+    """
+    if job.windows is None and needs_text(job.plan):
+        raise DataError(f"{' '.join(job.recipe.to_cli())} reads calibration text, and there is none", "Give a text")
     walk = Walk(
         job.checkpoint,
         job.plan,

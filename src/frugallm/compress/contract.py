@@ -119,7 +119,7 @@ def resolve_group_size(method: str, group_size: int | None, widths: Mapping[str,
             "Use group_size=-1 (one scale a row), or skip that linear",
         )
     for name, width in widths.items():
-        if width % group_size:
+        if group_size == 0 or width % group_size:
             sizes = ", ".join(map(str, fitting)) or "none"
             raise ParameterError(
                 f"{method}: group_size {group_size} does not divide the {width} inputs of {name}",

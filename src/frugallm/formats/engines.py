@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from frugallm.compress.plan import Plan
 
 Inputs = Literal["none", "token", "static"]
+Grid = Literal["symmetric", "asymmetric"]
 
 
 class Support(BaseModel):
@@ -26,6 +27,7 @@ class Support(BaseModel):
     weights: tuple[int, ...]
     inputs: tuple[Inputs, ...]
     tables: tuple[int, ...]
+    grids: tuple[Grid, ...] = ("symmetric", "asymmetric")
     seen: Literal["tested", "documented", "no"]
     note: str = ""
 
@@ -47,6 +49,11 @@ def schemes(plan: Plan) -> tuple[set[int], set[Inputs], set[int]]:
     return weights, inputs, {t.scheme.bits for t in plan.tables.values()} or {16}
 
 
+def grids(plan: Plan) -> set[Grid]:
+    """Return the kinds of grids on which a plan stores weights."""
+    return {"symmetric" if linear.scheme.weights.symmetric else "asymmetric" for linear in plan.linears.values()}
+
+
 def loads(row: Support, weights: Iterable[int], inputs: Iterable[Inputs], tables: Iterable[int]) -> bool:
     """Whether a row covers all of these."""
     return set(weights) <= set(row.weights) and set(inputs) <= set(row.inputs) and set(tables) <= set(row.tables)
@@ -55,7 +62,7 @@ def loads(row: Support, weights: Iterable[int], inputs: Iterable[Inputs], tables
 def engines_for(plan: Plan) -> list[Support]:
     """Return the rows that say something about results of this plan, engines that refuse it included."""
     weights, inputs, tables = schemes(plan)
-    rows = [r for r in table() if loads(r, weights, inputs, tables)]
+    rows = [r for r in table() if loads(r, weights, inputs, tables) and grids(plan) <= set(r.grids)]
     known = {(r.engine, r.device) for r in rows}
     refusals = [r for r in table() if r.seen == "no" and not r.weights and (r.engine, r.device) not in known]
     return rows + refusals
