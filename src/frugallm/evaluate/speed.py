@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,13 @@ class Rate(BaseModel):
     high: float
     repeats: int
     unit: str = "tokens/s"
+
+    @classmethod
+    def of(cls, values: Sequence[float], unit: str = "tokens/s") -> Rate:
+        """Sum up what several runs gave."""
+        return cls(
+            value=statistics.median(values), low=min(values), high=max(values), repeats=len(values), unit=unit
+        )
 
 
 class Speed(BaseModel):
@@ -65,8 +73,8 @@ def measure_speed(
     prompt = torch.randint(vocabulary, (1, prompt_tokens), generator=generator).to(model.device)
     times = [_once(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
     return Speed(
-        prefill=_rate(prompt_tokens, [prefill for prefill, _ in times]),
-        decode=_rate(new_tokens, [decode for _, decode in times]),
+        prefill=Rate.of([prompt_tokens / prefill for prefill, _ in times]),
+        decode=Rate.of([new_tokens / decode for _, decode in times]),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         threads=torch.get_num_threads(),
@@ -85,8 +93,3 @@ def _once(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[float, flo
         out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         token = out.logits[:, -1:].argmax(-1)
     return between - start, time.perf_counter() - between
-
-
-def _rate(tokens: int, seconds: list[float]) -> Rate:
-    rates = [tokens / s for s in seconds]
-    return Rate(value=statistics.median(rates), low=min(rates), high=max(rates), repeats=len(rates))
