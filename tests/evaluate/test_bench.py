@@ -73,3 +73,16 @@ def test_widths_are_those_of_the_block(bench):
 def test_one_window_is_refused(bench, windows):
     with pytest.raises(ParameterError, match="at least two held-out windows"):
         Bench(bench.checkpoint, bench.calibration, windows[:1], lambda *_: None)
+
+
+def test_without_a_compress_function_the_bench_does_what_the_main_job_does(
+    make_model, make_tokenizer, windows
+):
+    from frugallm.compress.quantize.rtn import RTN
+
+    original = make_model(hidden_size=64, intermediate_size=128)
+    ids = windows % 12
+    with Bench(InMemory(original, make_tokenizer()), ids, ids) as bench:
+        fine, coarse = bench.evaluate(RTN(bits=8)), bench.evaluate(RTN(bits=3))
+    assert 0 < fine.kl.value < 0.01 * coarse.kl.value
+    assert fine.kl_per_window != coarse.kl_per_window

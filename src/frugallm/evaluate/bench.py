@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from frugallm.evaluate.evaluation import Source
 
 Metric = Literal["kl", "perplexity", "top1"]
-Compress = Callable[[Checkpoint, Sequence[Method], Tensor, Path], Path]
+Compress = Callable[[Checkpoint, Sequence[Method], Tensor, Path], Any]
 
 
 class Bench:
@@ -46,8 +46,8 @@ class Bench:
         Held-out token ids ``(windows, length)``, at least two windows, or a text to cut 8 windows of 2048
         from.
     compress
-        Does the work: ``compress(checkpoint, steps, calibration, out) -> folder``, the folder as it would be
-        handed on. What :func:`frugallm.run` does, if not given.
+        Does the work: ``compress(checkpoint, steps, calibration, out) -> model``, the folder as it would be
+        handed on or a loaded model. What :func:`frugallm.run` does, if not given.
     dtype, seed
         Of the evaluation; see :func:`frugallm.evaluate.evaluate`.
     progress
@@ -113,10 +113,10 @@ class Bench:
         if digest not in self._results:
             out = Path(self._folder.name) / digest
             try:
-                folder = self._compress(self.checkpoint, steps, self.calibration, out)
+                compressed = self._compress(self.checkpoint, steps, self.calibration, out)
                 name = " ".join(recipe.to_cli())
                 self._results[digest] = evaluate_all(
-                    {name: folder},
+                    {name: compressed},
                     self._kept_reference(),
                     self.windows,
                     text=self.text,
@@ -206,9 +206,11 @@ def _value(evaluation: Evaluation, metric: Metric) -> float:
     return float(mean.exp() if metric == "perplexity" else mean)
 
 
-def _run(checkpoint: Checkpoint, steps: Sequence[Method], calibration: Tensor, out: Path) -> Path:
-    """Do what the main job does, as far as the folder is written."""
+def _run(checkpoint: Checkpoint, steps: Sequence[Method], calibration: Tensor, out: Path) -> Any:
+    """Do what the main job does, as far as the folder is written; return what loads and holds its values."""
     from frugallm.compress.plan import make_plan
+    from frugallm.formats.engines import loads_in_transformers
+    from frugallm.formats.stored import model_in_memory
     from frugallm.job import Job, Workplace, assemble, compress, needs_text
 
     plan = make_plan(tuple(steps), checkpoint)
@@ -227,5 +229,6 @@ def _run(checkpoint: Checkpoint, steps: Sequence[Method], calibration: Tensor, o
     place.prepare(job, resume=False, overwrite=True)
     compress(job, place, Progress())
     assemble(job, place)
+    result = out if loads_in_transformers(plan) else model_in_memory(place.stored(job))
     place.finish()
-    return out
+    return result

@@ -52,12 +52,12 @@ def _figure(x: str, y: str) -> Figure:
     figure = Figure()
     figure.update_layout(
         template="none",
-        height=360,
-        margin={"l": 62, "r": 16, "t": 12, "b": 52},
+        height=380,
+        margin={"l": 62, "r": 16, "t": 12, "b": 96},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#7b8494"},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        legend={"orientation": "h", "y": -0.24, "yanchor": "top", "x": 0},
         hoverlabel={"font": {"family": "system-ui, sans-serif"}},
     )
     axis = {
@@ -95,6 +95,7 @@ def _cost(models: list[ModelFacts], pick: Any, axis: str) -> Figure:
                 y=[found.value],
                 error_y=bars,
                 mode="markers",
+                cliponaxis=False,
                 name=model.name,
                 marker={"size": 13, "color": color, "line": {"width": 1, "color": "rgba(128,138,155,0.6)"}},
                 hovertemplate=f"%{{x:.1f}} MB<br>{axis} %{{y:.4g}}<extra>{_plain(model.name)}</extra>",
