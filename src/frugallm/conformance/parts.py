@@ -1,0 +1,137 @@
+"""What solvers, rewrites and containers must do, as functions of plain tensors and of one decoder block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from frugallm.compress.contract import BlockMethod
+from frugallm.compress.plan import Plan
+from frugallm.compress.quantize.grids import encode
+from frugallm.compress.quantize.solvers import proxy_loss
+from frugallm.conformance.outcome import ensure
+from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
+from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.open import dense_model
+from frugallm.walk.statistics import Gather
+from frugallm.walk.walk import Walk
+
+Solve = Callable[[Tensor, WeightScheme, Mapping[str, Tensor]], QuantizedTensor]
+
+#: Rows of weights that solvers are tried on.
+ROWS = (1, 7, 65)
+#: Share of codes that may differ where only the order of float sums does.
+SHARE_OF_TIES = 2e-3
+#: Largest change of logits by a rewrite, relative to the largest logit.
+REWRITE_TOLERANCE = 1e-4
+
+
+def example(rows: int, width: int, needs: frozenset[str], seed: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return a weight ``(rows, width)`` and statistics of correlated, uneven inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=generator) * (0.1 + torch.rand(width, generator=generator) ** 4)
+    inputs = torch.randn(8 * width, width, generator=generator) @ mix
+    weight = torch.randn(rows, width, generator=generator) * 0.1
+    gather = Gather(needs, width)
+    gather.add(inputs)
+    return weight, dict(gather.values())
+
+
+def solver_leaves_its_inputs_alone(
+    solve: Solve, scheme: WeightScheme, width: int, needs: frozenset[str]
+) -> None:
+    """Weight and statistics are the same afterwards, and the codes lie on the grid."""
+    for rows in ROWS:
+        weight, statistics = example(rows, width, needs)
+        before = weight.clone(), {name: value.clone() for name, value in statistics.items()}
+        q = solve(weight, scheme, statistics)
+        same = torch.equal(weight, before[0]) and all(
+            torch.equal(statistics[n], v) for n, v in before[1].items()
+        )
+        ensure(same, "solve changes its weight or its statistics")
+        low, high = scheme.code_range
+        fits = q.codes.shape == weight.shape and q.codes.dtype == torch.int8
+        inside = fits and int(q.codes.min()) >= low and int(q.codes.max()) <= high
+        ensure(inside, f"codes of {rows} rows leave the grid")
+        ensure(q.scale.shape == (rows, width // scheme.columns_per_scale(width)), "scales have another shape")
+        ensure(str(q.scale.dtype) == f"torch.{scheme.scale_dtype}", "scales are not of the stored type")
+        ensure(
+            (q.zero is None) == scheme.symmetric,
+            "zero points are there if and only if the grid is asymmetric",
+        )
+
+
+def solver_treats_rows_alike(solve: Solve, scheme: WeightScheme, width: int, needs: frozenset[str]) -> None:
+    """Rows in another order give the same codes in that order, and so does a row alone."""
+    weight, statistics = example(ROWS[-1], width, needs)
+    order = torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))
+    codes = solve(weight, scheme, statistics).codes
+    permuted = solve(weight[order], scheme, statistics).codes
+    differ = (permuted != codes[order]).float().mean().item()
+    ensure(differ <= SHARE_OF_TIES, f"{differ:.1%} of codes depend on the order of rows")
+    alone = torch.cat([solve(weight[i : i + 1], scheme, statistics).codes for i in range(3)])
+    differ = (alone != codes[:3]).float().mean().item()
+    ensure(differ <= SHARE_OF_TIES, f"{differ:.1%} of codes depend on the other rows")
+
+
+def solver_is_no_worse_than_nearest(
+    solve: Solve, scheme: WeightScheme, width: int, needs: frozenset[str]
+) -> None:
+    """On its own grid, the output's squared error is at most that of rounding to nearest."""
+    for seed in range(3):
+        weight, statistics = example(16, width, needs, seed)
+        h = statistics["second_moment"]
+        q = solve(weight, scheme, statistics)
+        nearest = QuantizedTensor(encode(weight, q.scale, q.zero, scheme), q.scale, q.zero, scheme)
+        ours, plain = (proxy_loss(weight, one.dequantize(), h) for one in (q, nearest))
+        ensure(ours <= plain * (1 + 1e-5), f"output error {ours:.4g}, rounding to nearest has {plain:.4g}")
+
+
+def rewritten_blocks(step: BlockMethod, walk: Walk) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield index and state of every block as ``step`` rewrites it, nothing rounded."""
+    table = f"{walk.family.embedding}.weight"
+    walk.embed(lambda start, stop: walk.checkpoint.rows(table, start, stop))
+    for index in range(len(walk)):
+        block = walk.load(index)
+        step.rewrite(block, walk.observe(block, step.rewrite_needs))
+        state = {name: tensor.clone() for name, tensor in block.state.items()}
+        yield index, state
+        walk.replay(index, state, lambda _: None)
+
+
+def rewrite_keeps_the_logits(
+    step: BlockMethod, checkpoint: Checkpoint, tokens: Tensor, scratch: Path
+) -> None:
+    """The model with every block rewritten computes the same logits in float32."""
+    model = dense_model(checkpoint, torch.float32)
+    rewritten = copy.deepcopy(model)
+    nothing = Plan(rewrites=(step,), linears={}, tables={}, left_alone=())
+    walk = Walk(checkpoint, nothing, tokens, scratch, fast=torch.float32, stored=torch.float32)
+    changed = False
+    for index, state in rewritten_blocks(step, walk):
+        block = rewritten.get_submodule(checkpoint.family.block(index))
+        changed |= any(not torch.equal(tensor, state[name]) for name, tensor in block.state_dict().items())
+        block.load_state_dict(state)
+    with torch.inference_mode():
+        before, after = model(tokens).logits, rewritten(tokens).logits
+    error = float((after - before).abs().max() / before.abs().max())
+    ensure(error <= REWRITE_TOLERANCE, f"logits move by {error:.1e} of the largest")
+    ensure(changed, "nothing is rewritten")
+
+
+def container_bytes(
+    scheme: LinearScheme, rows: int, width: int, *, packed: bool, rescaled: bool = False
+) -> int:
+    """Return the bytes that a scheme claims: codes, scales, zero points, and the shape where it is packed."""
+    weights = scheme.weights
+    groups = width // weights.columns_per_scale(width)
+    scale = rows * groups * getattr(torch, weights.scale_dtype).itemsize
+    static = 4 if scheme.activations is not None and not scheme.activations.dynamic else 0
+    if not packed:
+        return rows * width + scale * (2 if rescaled else 1) + static
+    zero = 0 if weights.symmetric else 4 * -(-rows * weights.bits // 32) * groups
+    return 4 * rows * -(-width * weights.bits // 32) + scale + zero + 16 + static
