@@ -100,7 +100,8 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return ``scale * (codes - zero)``, ``(out, in)``: the only definition of what the stored values mean."""
         rows, width = self.codes.shape
-        grouped = self.codes.view(rows, self.scale.shape[1], -1).float()
+        groups = self.scale.shape[1]
+        grouped = self.codes.view(rows, groups, width // groups).float()
         if self.zero is not None:
             grouped = grouped - self.zero.float()[..., None]
         return (grouped * self.scale.float()[..., None]).view(rows, width).to(dtype)
