@@ -26,13 +26,8 @@ def test_what_the_table_refuses_does_not_load(tmp_path, steps):
     assert not loads_in_transformers(done.job.plan)
     refusal = [row for row in engines_for(done.job.plan) if row.engine == "transformers"]
     assert refusal and all(row.seen == "no" and row.note for row in refusal)
-    with pytest.raises((RuntimeError, AttributeError, ValueError)):
-        model = AutoModelForCausalLM.from_pretrained(str(done.folder), dtype=torch.float32)
-        logits, wanted = (
-            m(windows("tied")).logits for m in (model, model_in_memory(done.place.stored(done.job)))
-        )
-        if not torch.allclose(logits, wanted, atol=1e-3):
-            raise ValueError("it loads, and computes something else")
+    with pytest.raises((RuntimeError, AttributeError)):
+        AutoModelForCausalLM.from_pretrained(str(done.folder), dtype=torch.float32)(windows("tied"))
 
 
 def test_packed_zero_points_load_when_weights_are_dequantized_on_loading(tmp_path):
