@@ -1,3 +1,43 @@
-"""FrugalLM: the cheapest model that keeps its quality, with the proof."""
+"""FrugalLM: the cheapest model that keeps its quality, with the proof.
+
+>>> import frugallm
+>>> from frugallm import GPTQ, Embedding
+>>> frugallm.run("smollm2-135m", [GPTQ(bits=4), Embedding(bits=8)], out="runs/small")  # doctest: +SKIP
+>>> model, tokenizer = frugallm.load("runs/small")  # doctest: +SKIP
+
+Names are imported when they are first used, for torch and transformers take seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from frugallm.compression import run
+    from frugallm.models import load
+    from frugallm.progress import Progress
+    from frugallm.recipe import Recipe
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "run": "frugallm.compression",
+    "load": "frugallm.models",
+    "Progress": "frugallm.progress",
+    "Recipe": "frugallm.recipe",
+}
+
+__all__ = ["Progress", "Recipe", "__version__", "load", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name[:1].isupper():
+        from frugallm.catalogue import methods
+
+        for method in methods().values():
+            if method.__name__ == name:
+                return method
+    raise AttributeError(f"module 'frugallm' has no attribute '{name}'")

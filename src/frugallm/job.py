@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import frugallm
-from frugallm.compress.plan import Plan, make_plan
+from frugallm.compress.plan import Plan
 from frugallm.errors import DataError, OutputError
 from frugallm.formats import compressed_tensors, folder, shards
 from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor
@@ -81,11 +81,6 @@ def needs_text(plan: Plan) -> bool:
     solvers = {id(p.solver): p for p in plan.linears.values()}
     static = any(p.scheme.activations and not p.scheme.activations.dynamic for p in plan.linears.values())
     return static or any(s.rewrite_needs for s in plan.rewrites) or any(p.solver.solve_needs for p in solvers.values())
-
-
-def plan_for(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
-    """Resolve a recipe against a model; see :func:`frugallm.compress.plan.make_plan`."""
-    return make_plan(recipe.steps, checkpoint)
 
 
 class Workplace:

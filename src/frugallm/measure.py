@@ -25,7 +25,7 @@ from frugallm.progress import Progress
 from frugallm.text import leading_bos
 
 if TYPE_CHECKING:
-    from frugallm.run import Clock
+    from frugallm.compression import Clock
 
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 48

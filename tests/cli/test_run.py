@@ -18,7 +18,7 @@ def job(monkeypatch):
             raise seen.outcome
         return SimpleNamespace(to_markdown=lambda: "| the | table |")
 
-    monkeypatch.setitem(sys.modules, "frugallm.run", SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "frugallm.compression", SimpleNamespace(run=run))
     return seen
 
 

@@ -53,7 +53,7 @@ def run(
         raise OutputError("a run needs a folder to write to", "Add --out DIR")
     shown = Progress("none" if quiet else progress)  # type: ignore[arg-type]
 
-    from frugallm.run import run as run_job
+    from frugallm.compression import run as run_job
 
     try:
         with shown:

@@ -152,8 +152,8 @@ def _prepare(
     import torch
 
     from frugallm.evaluate.precision import fast_dtype
-    from frugallm.job import Job, Workplace, needs_text
     from frugallm.compress.plan import make_plan
+    from frugallm.job import Job, Workplace, needs_text
     from frugallm.models.open import open_checkpoint
 
     if threads is not None:

@@ -1,0 +1,209 @@
+"""What a result's folder says about itself: manifest, measurements, report page, model card."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from frugallm.evaluate import TextFacts
+from frugallm.evaluate.machine import machine, versions
+from frugallm.evaluate.report import JobFacts, LayerError, ModelFacts, Report
+from frugallm.evaluate.speed import Rate
+from frugallm.formats import shards
+from frugallm.formats.engines import engines_for, loads_in_transformers
+from frugallm.job import Job, Workplace, layer_facts
+from frugallm.measure import PROMPT, Measured
+
+if TYPE_CHECKING:
+    from frugallm.compression import Clock
+
+MANIFEST, MEASUREMENTS, PAGE, CARD = "manifest.json", "measurements.json", "report.html", "README.md"
+PARTS = {"embedding": "embedding and head", "block": "blocks", "final": "other"}
+
+
+def write_report_files(job: Job, place: Workplace, measured: Measured, clock: Clock, *, resumed: bool) -> Report:
+    """Write everything but the weights and what belongs to them; return the report."""
+    folder = place.folder
+    manifest = manifest_of(job, folder)
+    report = _report(job, place, measured, clock, resumed)
+    shards.write_bytes(folder / MANIFEST, (json.dumps(manifest, indent=1, sort_keys=True) + "\n").encode())
+    shards.write_bytes(folder / MEASUREMENTS, report.to_json().encode())
+    shards.write_bytes(folder / PAGE, report.to_html().encode())
+    shards.write_bytes(folder / CARD, model_card(job, place, report).encode())
+    return report
+
+
+def manifest_of(job: Job, folder: Path) -> dict[str, Any]:
+    """Return the deterministic facts: what was done to what, and the digests of what came out."""
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    digests = {p.name: _digest(p) for p in files if p.name not in (MANIFEST, MEASUREMENTS, PAGE, CARD)}
+    return {"job": job.identity(), "files": digests}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weights(job: Job, name: str) -> int:
+    return math.prod(job.checkpoint.shape(name))
+
+
+def _part_of(job: Job, name: str) -> str:
+    family = job.checkpoint.family
+    if name.startswith(f"{family.blocks}."):
+        return PARTS["block"]
+    return PARTS["embedding"] if name.startswith((f"{family.embedding}.", f"{family.head}.")) else PARTS["final"]
+
+
+def stored_bytes(job: Job, place: Workplace) -> tuple[dict[str, int], int]:
+    """Return bytes of tensors by part, and those of compressed linears and tables alone."""
+    by_part = dict.fromkeys(PARTS.values(), 0)
+    compressed = 0
+    done = {*job.plan.linears, *job.plan.tables}
+    if job.plan.tables:
+        done.add(job.checkpoint.family.head)  # a tied head has a scale of its own name
+    for path in sorted(place.folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                entry = file.get_tensor(name)
+                size = entry.numel() * entry.element_size()
+                by_part[_part_of(job, name)] += size
+                if name.rpartition(".")[0] in done and not name.endswith(".bias"):
+                    compressed += size
+    return by_part, compressed
+
+
+def _models(job: Job, place: Workplace, measured: Measured) -> list[ModelFacts]:
+    weights = {n: _weights(job, n) for n in job.checkpoint.names()}
+    before = dict.fromkeys(PARTS.values(), 0)
+    for name, count in weights.items():
+        before[_part_of(job, name)] += count * job.stored.itemsize
+    after, compressed = stored_bytes(job, place)
+    chosen = sum(weights[f"{n}.weight"] for n in (*job.plan.linears, *job.plan.tables))
+    total = sum(weights.values())
+    file_bytes = sum(p.stat().st_size for p in place.folder.glob("*.safetensors"))
+    dtype_bits = 8.0 * job.stored.itemsize
+    return [
+        ModelFacts(
+            name=job.checkpoint.name,
+            role="before",
+            part_bytes=before,
+            file_bytes=sum(before.values()),
+            compressed_bits=dtype_bits,
+            whole_bits=dtype_bits,
+            quality=measured.before,
+            **_outside(measured.outside_before),
+        ),
+        ModelFacts(
+            name=" ".join(job.recipe.to_cli()),
+            part_bytes=after,
+            file_bytes=file_bytes,
+            compressed_bits=8 * compressed / chosen if chosen else None,
+            whole_bits=8 * file_bytes / total,
+            quality=measured.after,
+            **_outside(measured.outside_after),
+        ),
+    ]
+
+
+def _outside(facts: dict[str, Any]) -> dict[str, Any]:
+    if "speed" not in facts:
+        return {}
+    return {
+        "prefill": Rate.of(facts["speed"]["prefill"]),
+        "decode": Rate.of(facts["speed"]["decode"]),
+        "peak_bytes": facts["default.anonymous_bytes"] or None,
+        "answer": facts.get("answer", ""),
+    }
+
+
+def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resumed: bool) -> Report:
+    notes = [*job.plan.notes, *measured.notes]
+    if measured.verification is not None:
+        notes.append(
+            "verified: loaded by plain transformers in a process of its own, logits agree with the model in memory "
+            f"(relative squared error {measured.verification['float32_error']:.1e} in float32; "
+            f"KL {measured.verification['default_kl']:.1e} nats/token as loaded by default)"
+        )
+    if resumed:
+        notes.append("resumed: seconds and memory are those of the last part of the run")
+    layers = [l for l in layer_facts(job, place) if "error" in l]
+    text = TextFacts(**job.text, tokens=job.windows.numel()) if job.text and job.windows is not None else None
+    return Report(
+        title=f"{job.checkpoint.name}: {' '.join(job.recipe.to_cli())}",
+        models=_models(job, place, measured),
+        job=JobFacts(
+            recipe=job.recipe.to_cli(),
+            settings=job.recipe.settings(),
+            seconds={k: round(v, 3) for k, v in clock.seconds.items()},
+            baseline_bytes=clock.baseline_bytes,
+            peak_bytes=clock.peak_bytes,
+            model_digest=job.checkpoint.digest(),
+            calibration=text,
+            samples=None if job.windows is None else job.windows.shape[0],
+            seq_len=None if job.windows is None else job.windows.shape[1],
+            seed=job.seed,
+            machine=machine(),
+            versions=versions(),
+        ),
+        prompt=PROMPT if measured.outside_after.get("answer") else "",
+        how_to_load=how_to_load(job, place.out),
+        layers=[LayerError(**{k: l[k] for k in ("name", "error", "baseline_error")}) for l in layers],
+        notes=notes,
+    )
+
+
+def how_to_load(job: Job, out: Path) -> dict[str, str]:
+    """Return, per engine, what to type to load the result, or why that engine does not."""
+    answers: dict[str, str] = {}
+    if loads_in_transformers(job.plan):
+        answers["transformers"] = (
+            "# pip install transformers compressed-tensors accelerate\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{out}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{out}")'
+        )
+    rows = engines_for(job.plan)
+    vllm = [r for r in rows if r.engine == "vLLM" and r.seen != "no"]
+    if vllm:
+        devices = ", ".join(f"{r.device} ({r.version}, {r.seen})" for r in vllm)
+        answers["vLLM"] = f"vllm serve {out}\n# {devices}"
+    for row in rows:
+        if row.seen == "no" and row.engine not in answers:
+            answers[row.engine] = f"# not this folder: {row.note}"
+    return answers
+
+
+def model_card(job: Job, place: Workplace, report: Report) -> str:
+    """Return the folder's ``README.md``: front matter, what was done, the measured table, how to load it."""
+    facts = job.checkpoint.metadata
+    front = {
+        "license": facts.get("license", "other"),
+        "base_model": job.checkpoint.name,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["frugallm", "compressed-tensors", *job.recipe.versions()],
+    }
+    lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in front.items()), "---", ""]
+    steps = "\n".join(f"    {step}" for step in job.recipe.to_cli())
+    return "\n".join(
+        [
+            *lines,
+            f"# {place.out.name}",
+            "",
+            f"{facts.get('name', job.checkpoint.name)}, compressed by FrugalLM with",
+            "",
+            steps,
+            "",
+            f"The full recipe with all defaults, digests and versions is in `{MANIFEST}`, every figure in "
+            f"`{MEASUREMENTS}`, and a page with plots in `{PAGE}`.",
+            "",
+            report.to_markdown(),
+        ]
+    )
