@@ -38,7 +38,12 @@ def container(scheme: LinearScheme, *, table: bool = False) -> str:
 
 
 def encode_linear(
-    path: str, q: QuantizedTensor, scheme: LinearScheme, input_scale: Tensor | None = None, *, table: bool = False
+    path: str,
+    q: QuantizedTensor,
+    scheme: LinearScheme,
+    input_scale: Tensor | None = None,
+    *,
+    table: bool = False,
 ) -> dict[str, Tensor]:
     """Return the tensors, by full name, that store linear ``path``."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -69,7 +74,11 @@ def decode_linear(
     shape = torch.Size(tensors[f"{path}.weight_shape"].tolist())
     codes = unpack_from_int32(tensors[f"{path}.weight_packed"], bits, shape)
     packed = tensors.get(f"{path}.weight_zero_point")
-    zero = None if packed is None else unpack_from_int32(packed, bits, scale.shape, packed_dim=0)
+    if packed is None:
+        return QuantizedTensor(codes, scale, None, scheme.weights)
+    # Packed down the rows. Turned here, by a copy: the package's own way fails where all rows fit in one word.
+    turned = packed.T.clone(memory_format=torch.contiguous_format)
+    zero = unpack_from_int32(turned, bits, scale.T.shape).T.contiguous()
     return QuantizedTensor(codes, scale, zero, scheme.weights)
 
 
@@ -126,7 +135,10 @@ def quantization_config(plan: Plan, family: Family, *, tied: bool) -> dict[str, 
     for name, table in plan.tables.items():
         packed = table.scheme.bits != 8
         targets = [name] if packed else [n for n in tables if n == name or tied]
-        groups.insert(0, _group(LinearScheme(weights=table.scheme), [f"re:{re.escape(n)}$" for n in targets], table=True))
+        groups.insert(
+            0,
+            _group(LinearScheme(weights=table.scheme), [f"re:{re.escape(n)}$" for n in targets], table=True),
+        )
         if packed and tied:
             ignore.append(family.head)
     if family.head not in tables:
