@@ -7,13 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from frugallm.errors import DataError, ParameterError, nearest
 from frugallm.progress import Progress
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from frugallm.evaluate.report import Report
@@ -61,7 +60,7 @@ def run(
     windows: int = 8,
     evaluate: bool = True,
     verify: bool = True,
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16",
+    dtype: str = "bf16",
     device: str = "cpu",
     threads: int | None = None,
     hidden_limit: int = 2**30,
@@ -88,7 +87,7 @@ def run(
     evaluate, verify
         Measure quality and speed; load the result in a process of its own and compare.
     dtype
-        Type of tensors that stay uncompressed.
+        Type of tensors that stay uncompressed: ``bf16``, ``fp16`` or ``fp32``.
     threads
         Processor threads; ``None``: as many as torch uses.
     hidden_limit
@@ -111,7 +110,19 @@ def run(
     """
     progress = progress or Progress()
     job, place = _prepare(
-        model, steps, out, tokenizer, text, samples, seq_len, seed, dtype, device, threads, hidden_limit, progress
+        model,
+        steps,
+        out,
+        tokenizer,
+        text,
+        samples,
+        seq_len,
+        seed,
+        dtype,
+        device,
+        threads,
+        hidden_limit,
+        progress,
     )
     from frugallm.evaluate.report import Report
     from frugallm.report_files import MEASUREMENTS
@@ -141,9 +152,13 @@ def _prepare(
 ) -> tuple[Job, Workplace]:
     """Read and check all input; nothing is written."""
     if dtype not in DTYPES:
-        raise ParameterError(f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'", nearest(dtype, DTYPES))
+        raise ParameterError(
+            f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'", nearest(dtype, DTYPES)
+        )
     if device != "cpu":
-        raise ParameterError(f"device '{device}' is not supported yet", "The walk runs on the CPU: --device cpu")
+        raise ParameterError(
+            f"device '{device}' is not supported yet", "The walk runs on the CPU: --device cpu"
+        )
     if threads is not None and threads < 1:
         raise ParameterError(f"threads must be 1 or more; got {threads}")
     from frugallm.recipe import Recipe
@@ -151,8 +166,8 @@ def _prepare(
     recipe = Recipe.of(steps)
     import torch
 
-    from frugallm.evaluate.precision import fast_dtype
     from frugallm.compress.plan import make_plan
+    from frugallm.evaluate.precision import fast_dtype
     from frugallm.job import Job, Workplace, needs_text
     from frugallm.models.open import open_checkpoint
 
@@ -190,7 +205,9 @@ def _note_engines(plan: Any, progress: Progress) -> None:
 
     if not loads_in_transformers(plan):
         refusal = next((r for r in engines_for(plan) if r.engine == "transformers"), None)
-        progress.event("warn", text=f"transformers will not load the result: {refusal.note if refusal else 'no row'}")
+        progress.event(
+            "warn", text=f"transformers will not load the result: {refusal.note if refusal else 'no row'}"
+        )
 
 
 def _calibration(
@@ -217,7 +234,13 @@ def _held_out(job: Job, text: str | Path | None, windows: int) -> tuple[Tensor, 
 
 
 def _carry_out(
-    job: Job, place: Workplace, held_out: tuple[Tensor, Any] | None, *, verify: bool, resumed: bool, progress: Progress
+    job: Job,
+    place: Workplace,
+    held_out: tuple[Tensor, Any] | None,
+    *,
+    verify: bool,
+    resumed: bool,
+    progress: Progress,
 ) -> Report:
     from frugallm.evaluate.memory import AnonymousPeak
     from frugallm.job import assemble, compress
@@ -240,7 +263,9 @@ def _carry_out(
         )
         progress.event("warn", text=measured.notes[-1])
     elif verify or held_out is not None:
-        measured = measure_before_and_after(job, place, held_out, verify=verify, clock=clock, progress=progress)
+        measured = measure_before_and_after(
+            job, place, held_out, verify=verify, clock=clock, progress=progress
+        )
     report = write_report_files(job, place, measured, clock, resumed=resumed)
     place.finish()
     progress.event("done", out=str(place.out), seconds=round(sum(clock.seconds.values()), 3))

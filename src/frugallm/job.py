@@ -80,7 +80,11 @@ def needs_text(plan: Plan) -> bool:
     """Whether any step of the plan reads calibration text."""
     solvers = {id(p.solver): p for p in plan.linears.values()}
     static = any(p.scheme.activations and not p.scheme.activations.dynamic for p in plan.linears.values())
-    return static or any(s.rewrite_needs for s in plan.rewrites) or any(p.solver.solve_needs for p in solvers.values())
+    return (
+        static
+        or any(s.rewrite_needs for s in plan.rewrites)
+        or any(p.solver.solve_needs for p in solvers.values())
+    )
 
 
 class Workplace:
@@ -163,7 +167,11 @@ def _same(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
 def _differences(before: Any, now: Any, path: str) -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(k for k in now if k not in before)]
-        return [d for k in keys for d in _differences(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))]
+        return [
+            d
+            for k in keys
+            for d in _differences(before.get(k), now.get(k), f"{path}.{k}" if path else str(k))
+        ]
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         pairs = zip(before, now)
         return [d for i, (b, n) in enumerate(pairs, 1) for d in _differences(b, n, f"{path} {i}")]
@@ -187,7 +195,9 @@ def compress(job: Job, place: Workplace, progress: Progress) -> None:
         If a step reads calibration text and there is none; nothing is written.
     """
     if job.windows is None and needs_text(job.plan):
-        raise DataError(f"{' '.join(job.recipe.to_cli())} reads calibration text, and there is none", "Give a text")
+        raise DataError(
+            f"{' '.join(job.recipe.to_cli())} reads calibration text, and there is none", "Give a text"
+        )
     walk = Walk(
         job.checkpoint,
         job.plan,
@@ -228,7 +238,9 @@ def _table_tensors(job: Job, name: str) -> dict[str, Tensor]:
         return {weight: checkpoint.tensor(weight).to(job.stored)}
     count, _ = checkpoint.shape(weight)
     pieces = [
-        table.solver.solve(checkpoint.rows(weight, start, min(start + ROWS_PER_CHUNK, count)).float(), table.scheme)
+        table.solver.solve(
+            checkpoint.rows(weight, start, min(start + ROWS_PER_CHUNK, count)).float(), table.scheme
+        )
         for start in range(0, count, ROWS_PER_CHUNK)
     ]
     q = QuantizedTensor(

@@ -113,7 +113,11 @@ class Method(BaseModel):
     def changed(self) -> dict[str, Any]:
         """Return the parameters that differ from their defaults."""
         fields = type(self).model_fields
-        return {k: v for k, v in self.settings().items() if v != _plain(fields[k].get_default(call_default_factory=True))}
+        return {
+            k: v
+            for k, v in self.settings().items()
+            if v != _plain(fields[k].get_default(call_default_factory=True))
+        }
 
 
 def _plain(value: Any) -> Any:
@@ -124,7 +128,10 @@ def code_digest(source: str) -> str:
     """Return twelve hex digits of the syntax tree of ``source`` without docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+        if (
+            isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node) is not None
+        ):
             node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
 

@@ -26,7 +26,9 @@ MANIFEST, MEASUREMENTS, PAGE, CARD = "manifest.json", "measurements.json", "repo
 PARTS = {"embedding": "embedding and head", "block": "blocks", "final": "other"}
 
 
-def write_report_files(job: Job, place: Workplace, measured: Measured, clock: Clock, *, resumed: bool) -> Report:
+def write_report_files(
+    job: Job, place: Workplace, measured: Measured, clock: Clock, *, resumed: bool
+) -> Report:
     """Write everything but the weights and what belongs to them; return the report."""
     folder = place.folder
     manifest = manifest_of(job, folder)
@@ -58,7 +60,9 @@ def _part_of(job: Job, name: str) -> str:
     family = job.checkpoint.family
     if name.startswith(f"{family.blocks}."):
         return PARTS["block"]
-    return PARTS["embedding"] if name.startswith((f"{family.embedding}.", f"{family.head}.")) else PARTS["final"]
+    return (
+        PARTS["embedding"] if name.startswith((f"{family.embedding}.", f"{family.head}.")) else PARTS["final"]
+    )
 
 
 def stored_bytes(job: Job, place: Workplace) -> tuple[dict[str, int], int]:
@@ -133,7 +137,7 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
         )
     if resumed:
         notes.append("resumed: seconds and memory are those of the last part of the run")
-    layers = [l for l in layer_facts(job, place) if "error" in l]
+    layers = [facts for facts in layer_facts(job, place) if "error" in facts]
     text = TextFacts(**job.text, tokens=job.windows.numel()) if job.text and job.windows is not None else None
     return Report(
         title=f"{job.checkpoint.name}: {' '.join(job.recipe.to_cli())}",
@@ -154,7 +158,7 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
         ),
         prompt=PROMPT if measured.outside_after.get("answer") else "",
         how_to_load=how_to_load(job, place.out),
-        layers=[LayerError(**{k: l[k] for k in ("name", "error", "baseline_error")}) for l in layers],
+        layers=[LayerError(**{k: facts[k] for k in ("name", "error", "baseline_error")}) for facts in layers],
         notes=notes,
     )
 

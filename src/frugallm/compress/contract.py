@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -34,6 +34,11 @@ GROUP_SIZES = (128, 64, 32, 16)
 MIN_GROUP = 16
 
 
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether any of the shell-style ``patterns`` matches the whole of ``name``."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 class BlockMethod(Method):
     """A method that works on one decoder block at a time."""
 
@@ -47,8 +52,7 @@ class BlockMethod(Method):
 
     def touches(self, name: str) -> bool:
         """Whether this step works on the linear of that full name."""
-        wanted = not self.only or any(fnmatch.fnmatchcase(name, p) for p in self.only)
-        return wanted and not any(fnmatch.fnmatchcase(name, p) for p in self.skip)
+        return (not self.only or matches(name, self.only)) and not matches(name, self.skip)
 
     @property
     def rewrites(self) -> bool:
@@ -67,7 +71,9 @@ class BlockMethod(Method):
         """Change ``block`` without changing its function; ``statistics`` by site name."""
         raise NotImplementedError
 
-    def solve(self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]) -> QuantizedTensor:
+    def solve(
+        self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]
+    ) -> QuantizedTensor:
         """Return the stored form of ``weight`` ``(out, in)`` float32."""
         raise NotImplementedError
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod
+from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod, matches
 from frugallm.errors import ParameterError, RecipeError
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, WeightScheme
 from frugallm.method import Method
@@ -68,7 +67,9 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
         If a parameter does not fit the model.
     """
     if not steps:
-        raise RecipeError("a run needs at least one step", "For example: frugal run MODEL gptq:bits=4 --out DIR")
+        raise RecipeError(
+            "a run needs at least one step", "For example: frugal run MODEL gptq:bits=4 --out DIR"
+        )
     family = checkpoint.family
     names = [
         f"{family.block(i)}.{linear}"
@@ -99,7 +100,7 @@ def _check_patterns(step: BlockMethod, names: list[str]) -> None:
     lists = {k: v for k, v in step if k in ("skip", "only", "token")}
     for parameter, patterns in lists.items():
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            if not any(matches(name, [pattern]) for name in names):
                 raise ParameterError(
                     f"{step.name()}: {parameter} pattern '{pattern}' matches no linear",
                     f"Names look like {names[-1]}; * stands for anything",
@@ -137,7 +138,9 @@ def _plan_linears(
     for step in blocks:
         for name in filter(step.touches, names):
             if step.solves != "no":
-                solver[name] = step  # a later "step" replaces an earlier "default"; _check_order saw to the rest
+                solver[name] = (
+                    step  # a later "step" replaces an earlier "default"; _check_order saw to the rest
+                )
             rounded = step.activations(name)
             if rounded is not None:
                 activations[name] = rounded

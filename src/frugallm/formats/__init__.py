@@ -1,0 +1,1 @@
+"""How compressed models lie on disk, and what loads them."""

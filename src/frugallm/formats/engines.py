@@ -41,7 +41,8 @@ def table() -> tuple[Support, ...]:
 
 def schemes(plan: Plan) -> tuple[set[int], set[Inputs], set[int]]:
     """Return the bits of weights, the kinds of inputs and the bits of tables that a plan stores."""
-    weights, inputs = set(), set()
+    weights: set[int] = set()
+    inputs: set[Inputs] = set()
     for linear in plan.linears.values():
         weights.add(linear.scheme.weights.bits)
         rounded = linear.scheme.activations
@@ -51,12 +52,16 @@ def schemes(plan: Plan) -> tuple[set[int], set[Inputs], set[int]]:
 
 def grids(plan: Plan) -> set[Grid]:
     """Return the kinds of grids on which a plan stores weights."""
-    return {"symmetric" if linear.scheme.weights.symmetric else "asymmetric" for linear in plan.linears.values()}
+    return {
+        "symmetric" if linear.scheme.weights.symmetric else "asymmetric" for linear in plan.linears.values()
+    }
 
 
 def loads(row: Support, weights: Iterable[int], inputs: Iterable[Inputs], tables: Iterable[int]) -> bool:
     """Whether a row covers all of these."""
-    return set(weights) <= set(row.weights) and set(inputs) <= set(row.inputs) and set(tables) <= set(row.tables)
+    return (
+        set(weights) <= set(row.weights) and set(inputs) <= set(row.inputs) and set(tables) <= set(row.tables)
+    )
 
 
 def engines_for(plan: Plan) -> list[Support]:

@@ -59,7 +59,9 @@ def write_dense(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> Non
     shards.merge(parts, folder)
     for part in parts:
         part.unlink()
-    shards.write_bytes(folder / "config.json", config_json(checkpoint, str(dtype).removeprefix("torch."), None))
+    shards.write_bytes(
+        folder / "config.json", config_json(checkpoint, str(dtype).removeprefix("torch."), None)
+    )
     write_companions(checkpoint, folder)
 
 

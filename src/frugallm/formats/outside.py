@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 
 def anonymous_bytes() -> int:
@@ -26,14 +27,16 @@ def median(values: list) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def watch_blocks(model, outputs: list) -> list:  # noqa: ANN001
+def watch_blocks(model: Any, outputs: list[Any]) -> list[Any]:
     """Record the output of every decoder block of the next forward."""
-    layers = next(m for n, m in model.named_modules() if n.endswith(("layers", "h")) and hasattr(m, "__len__"))
+    layers = next(
+        m for n, m in model.named_modules() if n.endswith(("layers", "h")) and hasattr(m, "__len__")
+    )
     keep = lambda _, __, out: outputs.append((out[0] if isinstance(out, tuple) else out).float())  # noqa: E731
     return [layer.register_forward_hook(keep) for layer in layers]
 
 
-def measure_speed(model, ids, decode: int, runs: int) -> dict:  # noqa: ANN001
+def measure_speed(model: Any, ids: Any, decode: int, runs: int) -> dict[str, Any]:
     """Return tokens per second of prefill and decode with plain ``generate`` machinery, each run's value."""
     import torch
 
@@ -54,7 +57,8 @@ def measure_speed(model, ids, decode: int, runs: int) -> dict:  # noqa: ANN001
 def main(request_file: str, answer_file: str) -> None:
     """Carry out the request."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    request = json.load(open(request_file))
+    with open(request_file) as file:
+        request = json.load(file)
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -63,7 +67,8 @@ def main(request_file: str, answer_file: str) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     torch.set_num_threads(request["threads"])
-    tensors, facts = {}, {"foreign": [m for m in sys.modules if m.split(".")[0] == "frugallm"]}
+    tensors: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
     tokenizer = AutoTokenizer.from_pretrained(request["folder"])
     for label, dtype in request["dtypes"].items():
         start = time.perf_counter()
@@ -82,7 +87,9 @@ def main(request_file: str, answer_file: str) -> None:
             facts[f"{label}.dtype"] = str(model.dtype)
             if label == "default" and request.get("speed"):
                 speed_ids = torch.tensor(request["speed"]["ids"])
-                facts["speed"] = measure_speed(model, speed_ids, request["speed"]["decode"], request["speed"]["runs"])
+                facts["speed"] = measure_speed(
+                    model, speed_ids, request["speed"]["decode"], request["speed"]["runs"]
+                )
             if label == "default" and request.get("prompt"):
                 facts["answer"] = answer(model, tokenizer, request["prompt"], request["answer_tokens"])
             facts[f"{label}.anonymous_bytes"] = anonymous_bytes()
@@ -90,12 +97,15 @@ def main(request_file: str, answer_file: str) -> None:
     save_file(tensors, answer_file, metadata={"facts": json.dumps(facts)})
 
 
-def answer(model, tokenizer, prompt: str, tokens: int) -> str:  # noqa: ANN001
+def answer(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     """Return the greedy answer to one prompt, through the chat template where there is one."""
     text, special = prompt, True
     if tokenizer.chat_template:
         message = [{"role": "user", "content": prompt}]
-        text, special = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True), False
+        text, special = (
+            tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True),
+            False,
+        )
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=special)
     out = model.generate(**ids, max_new_tokens=tokens, do_sample=False)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -109,4 +109,6 @@ class QuantizedTensor:
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Return rows ``start`` to ``stop`` as a tensor of their own."""
         zero = None if self.zero is None else self.zero[start:stop].clone()
-        return replace(self, codes=self.codes[start:stop].clone(), scale=self.scale[start:stop].clone(), zero=zero)
+        return replace(
+            self, codes=self.codes[start:stop].clone(), scale=self.scale[start:stop].clone(), zero=zero
+        )

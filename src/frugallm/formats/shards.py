@@ -72,7 +72,9 @@ def merge(shards: Sequence[Path], folder: Path) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for number, part in enumerate(parts, 1):
-        name = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        name = (
+            "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        )
         names, data = _join(part, folder / name)
         weight_map.update(dict.fromkeys(names, name))
         total += data

@@ -77,7 +77,9 @@ class Stored(Checkpoint):
                 return file.get_tensor(name)[start:stop].float()
             tensors = {k: file.get_tensor(k) for k in file.keys() if k.startswith(f"{path}.")}  # noqa: SIM118
         if table is not None:
-            q = compressed_tensors.decode_linear(path, tensors, LinearScheme(weights=table.scheme), table=True)
+            q = compressed_tensors.decode_linear(
+                path, tensors, LinearScheme(weights=table.scheme), table=True
+            )
         else:
             assert linear is not None
             q = compressed_tensors.decode_linear(path, tensors, linear.scheme)

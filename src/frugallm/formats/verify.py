@@ -90,7 +90,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 
 def compare(
-    model: nn.Module, blocks: nn.ModuleList, seen: Outside, ids: Tensor, *, tolerance: float, folder: Path
+    model: nn.Module, blocks: Any, seen: Outside, ids: Tensor, *, tolerance: float, folder: Path
 ) -> dict[str, float]:
     """Hold what the outside process computed in float32 against ``model`` in memory.
 

@@ -90,7 +90,9 @@ LLAMA = Family(
         Sublayer(
             norm="input_layernorm",
             module="self_attn",
-            reads=Site(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm"),
+            reads=Site(
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm"
+            ),
             output=Site(("self_attn.o_proj",), "self_attn.v_proj", "heads"),
             attention=True,
         ),

@@ -1,0 +1,1 @@
+"""The block-by-block pass that every post-training method uses."""

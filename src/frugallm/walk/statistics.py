@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from frugallm.walk.precision import exact_products
+from frugallm.evaluate.precision import products_in
 
 Statistics = dict[str, Tensor]
 
@@ -58,7 +58,7 @@ class SecondMoment:
 
     def add(self, x: Tensor) -> None:
         """Take in one piece ``(tokens, in)``."""
-        with exact_products(x.dtype):
+        with products_in(x.dtype):
             x = x.float()
             self.total.addmm_(x.T, x)
         self.tokens += x.shape[0]

@@ -143,7 +143,9 @@ class Walk:
         done.seconds["total"] = time.perf_counter() - started
         return done
 
-    def replay(self, index: int, state: dict[str, Tensor], input_scale: Callable[[str], Tensor | None]) -> None:
+    def replay(
+        self, index: int, state: dict[str, Tensor], input_scale: Callable[[str], Tensor | None]
+    ) -> None:
         """Move the hidden states through block ``index`` as it was stored; ``input_scale`` by full name."""
         done = SolvedBlock(self.load(index, state))
         for path in self.family.linears:
@@ -194,7 +196,9 @@ class Walk:
                 gather = self._gather(block, sub.output, solving)
                 width = block.weight(sub.output.name).shape[1]
                 spill = self.scratch / f"inner-{number}.bin"
-                inner = HiddenStates((count, length, width), self.fast, spill, self.hidden_limit - self.hidden.bytes)
+                inner = HiddenStates(
+                    (count, length, width), self.fast, spill, self.hidden_limit - self.hidden.bytes
+                )
                 with self._without_output(block, sub):
                     for batch in self.hidden.batches():
                         inner[batch] = self._run(block, sub, self._normalized(block, sub, self.hidden[batch]))
@@ -241,7 +245,11 @@ class Walk:
         self, done: SolvedBlock, path: str, q: QuantizedTensor, plan: LinearPlan, statistics: Statistics
     ) -> None:
         original, value = done.block.weight(path), q.dequantize()
-        facts = {"name": done.block.full_name(path), "scheme": plan.scheme.label(), "step": plan.solver.name()}
+        facts: dict[str, Any] = {
+            "name": done.block.full_name(path),
+            "scheme": plan.scheme.label(),
+            "step": plan.solver.name(),
+        }
         facts["weight_error"] = float((value - original).norm() / original.norm().clamp(min=1e-12))
         if "second_moment" in statistics:
             h = statistics["second_moment"]

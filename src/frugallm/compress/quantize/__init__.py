@@ -1,0 +1,1 @@
+"""Quantization: one file per method, and the parts they share."""

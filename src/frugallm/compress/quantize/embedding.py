@@ -55,7 +55,9 @@ class Embedding(TableMethod):
 
     bits: Literal[4, 8] = Field(8, description="bits per weight")
     group_size: int | None = Field(
-        None, ge=-1, description="columns that share one scale; -1: the whole row; null: the row at 8 bits, a group at 4"
+        None,
+        ge=-1,
+        description="columns that share one scale; -1: the whole row; null: the row at 8 bits, a group at 4",
     )
 
     def weights(self, widths: Mapping[str, int]) -> WeightScheme:

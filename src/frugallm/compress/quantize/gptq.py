@@ -78,7 +78,9 @@ class GPTQ(BlockMethod):
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="bits per weight")
     group_size: int | None = Field(
-        None, ge=-1, description="input columns that share one scale; -1: the whole row; null: 128 or what fits"
+        None,
+        ge=-1,
+        description="input columns that share one scale; -1: the whole row; null: 128 or what fits",
     )
     symmetric: bool = Field(True, description="no zero point")
     damp: float = Field(0.01, ge=0, le=1, description="added to the diagonal of H, as a fraction of its mean")
@@ -90,7 +92,9 @@ class GPTQ(BlockMethod):
         group = resolve_group_size(self.name(), self.group_size, widths)
         return WeightScheme(bits=self.bits, symmetric=self.symmetric, group_size=group)
 
-    def solve(self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]) -> QuantizedTensor:
+    def solve(
+        self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]
+    ) -> QuantizedTensor:
         """Solve ``weight`` ``(out, in)``, eq. (1) to (3)."""
         h = statistics["second_moment"]
         scale, zero = fit(weight, scheme, self.search, importance=h.diagonal())

@@ -90,9 +90,7 @@ def _candidates(weight: Tensor, scheme: WeightScheme) -> list[tuple[Tensor, Tens
     return [*signed, (fit_symmetric(weight, scheme), None)]
 
 
-def _search(
-    weight: Tensor, scheme: WeightScheme, importance: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def _search(weight: Tensor, scheme: WeightScheme, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     values = grouped(weight, scheme)
     cost = None if importance is None else importance.view(-1, values.shape[-1])  # (groups, columns)
     best = torch.full(values.shape[:2], torch.inf)
@@ -113,7 +111,7 @@ def _rounding_loss(
     """Return the squared rounding error of each group, ``(out, groups)``, of ``values (out, groups, columns)``."""
     step = scale.float()[..., None]
     exact = values / step
-    shift = 0.0 if zero is None else zero.float()[..., None]
+    shift = torch.zeros_like(step) if zero is None else zero.float()[..., None]
     low, high = scheme.code_range
     nearest = exact.round().clamp_(low - shift, high - shift)
     error = nearest.sub_(exact).square_()

@@ -64,7 +64,9 @@ class RTN(BlockMethod):
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(4, description="bits per weight")
     group_size: int | None = Field(
-        None, ge=-1, description="input columns that share one scale; -1: the whole row; null: 128 or what fits"
+        None,
+        ge=-1,
+        description="input columns that share one scale; -1: the whole row; null: 128 or what fits",
     )
     symmetric: bool = Field(True, description="no zero point")
     search: Literal["minmax", "mse"] = Field("minmax", description="how a group's range is chosen")
@@ -74,7 +76,9 @@ class RTN(BlockMethod):
         group = resolve_group_size(self.name(), self.group_size, widths)
         return WeightScheme(bits=self.bits, symmetric=self.symmetric, group_size=group)
 
-    def solve(self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]) -> QuantizedTensor:
+    def solve(
+        self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]
+    ) -> QuantizedTensor:
         """Round ``weight`` ``(out, in)``, eq. (1) and (2)."""
         return round_to_nearest(weight, scheme, self.search)
 

@@ -43,7 +43,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from frugallm.compress.contract import BlockMethod
+from frugallm.compress.contract import BlockMethod, matches
 from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor, WeightScheme
 from frugallm.method import Card, Claim
@@ -82,7 +82,9 @@ class SmoothQuant(BlockMethod):
     activation: Literal["static", "token"] = Field(
         "static", description="one activation scale a tensor, fixed beforehand, or one a token at run time"
     )
-    token: tuple[str, ...] = Field((), description="name patterns of linears whose input gets a scale a token anyway")
+    token: tuple[str, ...] = Field(
+        (), description="name patterns of linears whose input gets a scale a token anyway"
+    )
 
     def weights(self, widths: Mapping[str, int]) -> WeightScheme:
         """Return 8 bits with one float32 scale a row."""
@@ -90,8 +92,7 @@ class SmoothQuant(BlockMethod):
 
     def activations(self, name: str) -> ActivationScheme:
         """Return 8 bits, static or per token."""
-        dynamic = self.activation == "token" or type(self)(only=self.token).touches(name) and bool(self.token)
-        return ActivationScheme(bits=8, dynamic=dynamic)
+        return ActivationScheme(bits=8, dynamic=self.activation == "token" or matches(name, self.token))
 
     def rewrite(self, block: Block, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Fold eq. (1) into every site of the block."""
@@ -105,7 +106,9 @@ class SmoothQuant(BlockMethod):
         largest = weights.abs().amax(0).clamp(min=1e-5)
         return (absmax.clamp(min=1e-5) ** self.alpha / largest ** (1 - self.alpha)).clamp(min=1e-5)
 
-    def solve(self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]) -> QuantizedTensor:
+    def solve(
+        self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]
+    ) -> QuantizedTensor:
         """Round ``weight`` ``(out, in)`` to 8 bits."""
         return round_to_nearest(weight, scheme)
 
