@@ -68,13 +68,13 @@ def command(arm: Arm, place: dict[str, Path], out: Path, setting: common.Setting
 
 def facts_of(arm: Arm, run: Measurement) -> dict[str, Any]:
     """Return what one process took. Compressing is the walk on our side, ``oneshot`` on the peer's."""
-    stage = "walk" if arm.ours else "compress"
+    stages = ("embedding", "walk") if arm.ours else ("compress",)
     return {
         "seconds": run.seconds,
         "processor_seconds": run.processor_seconds,
-        "compress_seconds": run.stage_seconds(stage),
+        "compress_seconds": run.stage_seconds(*stages),
         "peak_anonymous_bytes": run.peak_anonymous_bytes,
-        "peak_anonymous_bytes_compressing": run.stage_peak(stage),
+        "peak_anonymous_bytes_compressing": run.stage_peak(*stages),
         "peak_resident_bytes": run.peak_resident_bytes,
         "stages": [asdict(s) for s in run.stages],
     }
@@ -92,7 +92,9 @@ def run_arms(
                 continue
             out = place["work"] / name.replace(" ", "-").replace(",", "")
             shutil.rmtree(out, ignore_errors=True)
-            measured = measure(command(arm, place, out, setting), threads=setting.threads)
+            measured = measure(
+                command(arm, place, out, setting), threads=setting.threads, log=out.with_suffix(".log")
+            )
             runs[name].append(facts_of(arm, measured) | {"repeat": repeat})
             print(
                 f"{name}: {measured.seconds:.0f} s, {measured.peak_anonymous_bytes / GIB:.2f} GiB", flush=True

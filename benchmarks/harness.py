@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -14,7 +13,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +24,6 @@ GIB = 1024**3
 POLL_SECONDS = 0.02
 # Children appear seldom; looking for them costs a walk over /proc, so it is done less often than sampling.
 FAMILY_SECONDS = 0.25
-VERSIONS = ("frugallm", "torch", "transformers", "compressed-tensors", "safetensors", "numpy")
-CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16")
 
 
 @dataclass
@@ -60,16 +56,16 @@ class Measurement:
     events: list[dict[str, Any]] = field(default_factory=list)
     log: str = ""
 
-    def stage_seconds(self, name: str) -> float:
-        """Return the seconds spent in all stages called ``name``; a name that never came is an error."""
-        spent = [stage.seconds for stage in self.stages if stage.name == name]
+    def stage_seconds(self, *names: str) -> float:
+        """Return the seconds spent in the stages of these names; it is an error if none came."""
+        spent = [stage.seconds for stage in self.stages if stage.name in names]
         if not spent:
-            raise KeyError(f"no stage '{name}' among {[stage.name for stage in self.stages]}")
+            raise KeyError(f"no stage '{names}' among {[stage.name for stage in self.stages]}")
         return sum(spent)
 
-    def stage_peak(self, name: str) -> int:
-        """Return the peak of anonymous memory of the process tree within stages called ``name``, in bytes."""
-        return max(stage.peak_anonymous_bytes for stage in self.stages if stage.name == name)
+    def stage_peak(self, *names: str) -> int:
+        """Return the peak of anonymous memory of the process tree within these stages, in bytes."""
+        return max(stage.peak_anonymous_bytes for stage in self.stages if stage.name in names)
 
 
 def resident(pid: int) -> tuple[int, int]:
@@ -96,9 +92,9 @@ def descendants(pid: int) -> list[int]:
 class _EventReader(threading.Thread):
     """Reads the child's standard error line by line; keeps JSON events with their time, the rest as a log."""
 
-    def __init__(self, stream: Any, began: float) -> None:
+    def __init__(self, stream: Any, began: float, log: Path | None) -> None:
         super().__init__(daemon=True)
-        self.stream, self.began = stream, began
+        self.stream, self.began, self.log = stream, began, log
         self.events: list[dict[str, Any]] = []
         self.lines: list[str] = []
         self.stage = Stage("start", 0.0)
@@ -109,6 +105,9 @@ class _EventReader(threading.Thread):
             event = self._event(line)
             if event is None:
                 self.lines.append(line)
+                if self.log is not None:
+                    with self.log.open("a") as file:
+                        file.write(line)
                 continue
             now = time.perf_counter() - self.began
             self.events.append({"seconds": round(now, 3), **event})
@@ -137,6 +136,7 @@ def measure(
     threads: int = 2,
     environment: Mapping[str, str] | None = None,
     data_limit: int | None = None,
+    log: Path | None = None,
     check: bool = True,
 ) -> Measurement:
     """Run ``command``, follow its ``{"event": "stage", ...}`` lines on standard error, and sample its memory.
@@ -147,6 +147,8 @@ def measure(
         Computing threads, handed on as ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS``.
     data_limit
         ``RLIMIT_DATA`` of the process and each of its children, in bytes: an allocation beyond it fails.
+    log
+        File to which everything on standard error that is no event is added as it comes.
     check
         Raise when the exit status is not 0.
     """
@@ -163,18 +165,18 @@ def measure(
         text=True,
         preexec_fn=_limiter(data_limit) if data_limit else None,
     )
-    reader = _EventReader(process.stderr, began)
+    reader = _EventReader(process.stderr, began, log)
     reader.start()
     peaks = _sample(process, reader)
     seconds = time.perf_counter() - began
     processor = _children_seconds() - before
     reader.join(timeout=10)
     reader.close(seconds)
-    log = "".join(reader.lines[-200:])
+    said = "".join(reader.lines[-200:])
     if check and process.returncode:
-        raise SystemExit(f"exit status {process.returncode}: {' '.join(arguments)}\n{log[-4000:]}")
+        raise SystemExit(f"exit status {process.returncode}: {' '.join(arguments)}\n{said[-4000:]}")
     return Measurement(
-        arguments, process.returncode, seconds, processor, *peaks, reader.stages, reader.events, log
+        arguments, process.returncode, seconds, processor, *peaks, reader.stages, reader.events, said
     )
 
 
@@ -235,25 +237,17 @@ def _public(argument: str) -> str:
 
 def facts() -> dict[str, Any]:
     """Return everything about the machine, the code and the versions that a number depends on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = dict(part.split(":", 1) for part in lines if ":" in part)
-    cpu = {key.strip(): value.strip() for key, value in cpu.items()}
-    flags = set(cpu.get("flags", "").split())
+    from frugallm.evaluate.machine import machine, versions
+
+    about = machine()
+    del about["threads"]  # those of the measured processes are part of the setting
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_public, sys.argv[1:])]),
         "commit": _git("rev-parse", "HEAD"),
         "clean": not _git("status", "--porcelain", "--untracked-files=no"),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in VERSIONS},
-        "machine": {
-            "processor": cpu.get("model name", platform.processor()),
-            "flags": [flag for flag in CPU_FLAGS if flag in flags],
-            "cores": len(os.sched_getaffinity(0)),
-            "memory_bytes": psutil.virtual_memory().total,
-            "kernel": platform.release(),
-            "load_before_start": os.getloadavg()[0],
-        },
+        "versions": versions(),
+        "machine": about,
     }
 
 

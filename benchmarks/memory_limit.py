@@ -55,6 +55,7 @@ def run(method: str, model: Path, out: Path, shape: Shape, args: argparse.Namesp
         "peak_anonymous_bytes": measured.peak_main_anonymous_bytes,
         "peak_anonymous_bytes_with_children": measured.peak_anonymous_bytes,
         "peak_resident_bytes": measured.peak_resident_bytes,
+        "peak_anonymous_bytes_by_stage": {s.name: s.peak_anonymous_bytes for s in measured.stages},
         "allowance_bytes": allowed,
         "output_bytes": written,
         "passed": finished and measured.peak_anonymous_bytes <= min(limit, allowed["total"]),

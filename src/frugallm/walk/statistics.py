@@ -16,6 +16,8 @@ from frugallm.evaluate.precision import products_in
 
 Statistics = dict[str, Tensor]
 
+_COLUMNS = 256  # of a second moment per product
+
 
 class Accumulator(Protocol):
     """Takes inputs ``(tokens, in)`` in any number of pieces and returns one tensor."""
@@ -60,7 +62,9 @@ class SecondMoment:
         """Take in one piece ``(tokens, in)``."""
         with products_in(x.dtype):
             x = x.float()
-            self.total.addmm_(x.T, x)
+            for start in range(0, x.shape[1], _COLUMNS):  # the upper triangle is enough
+                stop = start + _COLUMNS
+                self.total[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
         self.tokens += x.shape[0]
 
     def value(self) -> Tensor:
