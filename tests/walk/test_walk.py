@@ -5,6 +5,8 @@ import torch
 
 from frugallm.compress.plan import Plan
 from frugallm.conformance.trial import KINDS, carry_out, job_for, random_model, windows
+from frugallm.formats.stored import model_in_memory
+from frugallm.formats.verify import relative_error
 from frugallm.models.in_memory import InMemory
 from frugallm.models.open import dense_model
 from frugallm.recipe import Recipe
@@ -216,3 +218,23 @@ def test_skipped_linears_are_the_originals_in_16_bits(pattern, tmp_path):
         assert torch.equal(tensors[f"{name}.weight"], checkpoint.tensor(f"{name}.weight").bfloat16())
     for name in run.job.plan.linears:
         assert f"{name}.weight_packed" in tensors and f"{name}.weight" not in tensors
+
+
+@pytest.mark.parametrize("activation", ["static", "token"])
+@pytest.mark.parametrize("only", ["*.q_proj", "*.o_proj", "*.up_proj", "*.down_proj"])
+def test_inputs_are_rounded_on_the_way_as_they_will_be(activation, only, tmp_path):
+    """The next block sees what the stored model computes, the rounding of inputs at every site included."""
+    step = f"smoothquant:sites=[],activation={activation},only=[{only}]"
+    checkpoint = InMemory(random_model("tied"))
+    job = job_for(checkpoint, Recipe.parse([step]).steps, windows("tied"), stored=torch.float32)
+    stored = carry_out(job, tmp_path / "run").place.stored(job)
+    walk = Walk(checkpoint, job.plan, windows("tied"), tmp_path, fast=torch.float32, stored=torch.float32)
+    walk.embed(lambda start, stop: checkpoint.rows("model.embed_tokens.weight", start, stop))
+    walk.solve(0)
+    with torch.no_grad():
+        rounded, exact = (
+            model.model(windows("tied"), output_hidden_states=True).hidden_states[1]
+            for model in (model_in_memory(stored), dense_model(stored))
+        )
+    apart = relative_error(walk.hidden.values, rounded)
+    assert apart < 0.01 * relative_error(rounded, exact)
