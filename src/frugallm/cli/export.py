@@ -20,5 +20,8 @@ def export(
 ) -> None:
     """Write the model in DIR in another format."""
     from frugallm.formats.export import export as write
+    from frugallm.progress import Progress
 
-    typer.echo(f"{write(folder, to, out)} written")
+    with Progress("auto") as shown:
+        written = write(folder, to, out, shown)
+    typer.echo(f"{written} written")
