@@ -132,6 +132,7 @@ def container_bytes(
     scale = rows * groups * getattr(torch, weights.scale_dtype).itemsize
     static = 4 if scheme.activations is not None and not scheme.activations.dynamic else 0
     if not packed:
-        return rows * width + scale * (2 if rescaled else 1) + static
+        zero = 0 if weights.symmetric else rows * groups
+        return rows * width + scale * (2 if rescaled else 1) + zero + static
     zero = 0 if weights.symmetric else 4 * -(-rows * weights.bits // 32) * groups
     return 4 * rows * -(-width * weights.bits // 32) + scale + zero + 16 + static

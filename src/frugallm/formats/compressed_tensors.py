@@ -6,8 +6,9 @@ container      used for                 tensors of a linear ``<p>``
 pack-quantized weight-only linears      ``weight_packed`` int32 ``(out, ceil(in b / 32))``, ``weight_scale (out, groups)``,
                                         ``weight_shape`` int64 ``[out, in]``; asymmetric: ``weight_zero_point`` int32
                                         ``(ceil(out b / 32), groups)``
-int-quantized  linears with rounded     ``weight`` int8 ``(out, in)``, ``weight_scale (out, 1)`` float32; static inputs:
-               inputs                   ``input_scale (1,)`` float32
+int-quantized  linears with rounded     ``weight`` int8 ``(out, in)``, ``weight_scale (out, groups)``; static inputs:
+               inputs                   ``input_scale (1,)`` float32; asymmetric: ``weight_zero_point`` int8
+                                        ``(out, groups)``
 naive-         embedding and head in    ``weight`` int8 ``(vocabulary, width)``, ``weight_scale``; a tied head has a scale of
 quantized      8 bits                   its own name and shares the weight
 ============== ======================== ===================================================================================
@@ -56,6 +57,8 @@ def encode_linear(
             out[f"{path}.weight_zero_point"] = pack_to_int32(q.zero, q.scheme.bits, packed_dim=0).contiguous()
     else:
         out[f"{path}.weight"] = q.codes.contiguous()
+        if q.zero is not None:
+            out[f"{path}.weight_zero_point"] = q.zero.contiguous()
     if input_scale is not None:
         out[f"{path}.input_scale"] = input_scale
     return out
@@ -69,7 +72,8 @@ def decode_linear(
 
     scale = tensors[f"{path}.weight_scale"]
     if container(scheme, table=table) != "pack-quantized":
-        return QuantizedTensor(tensors[f"{path}.weight"], scale, None, scheme.weights)
+        zero = tensors.get(f"{path}.weight_zero_point")
+        return QuantizedTensor(tensors[f"{path}.weight"], scale, zero, scheme.weights)
     bits = scheme.weights.bits
     shape = torch.Size(tensors[f"{path}.weight_shape"].tolist())
     codes = unpack_from_int32(tensors[f"{path}.weight_packed"], bits, shape)
