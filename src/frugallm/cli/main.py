@@ -100,7 +100,9 @@ def _see_help(error: Any) -> str:
 def _mend(number: int | None) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return "Free some space or choose another disk"
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if number == errno.EFBIG:
+        return "Choose a disk that takes larger files, or raise the limit (ulimit -f)"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
         return "Choose a place that can be written"
     return "Run again with --debug for the details"
 

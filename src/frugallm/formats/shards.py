@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,7 +38,14 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors under a temporary name, make the file durable, and give it its name."""
     draft = path.with_name(path.name + ".tmp")
-    save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, draft, metadata={"format": "pt"})
+    try:
+        save_file({k: v.contiguous() for k, v in sorted(tensors.items())}, draft, metadata={"format": "pt"})
+    except SafetensorError as error:
+        # A full disk is told in words only; whoever reports it goes by the number.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(draft)) from error
     sync(draft)
     os.replace(draft, path)
     sync(path.parent)

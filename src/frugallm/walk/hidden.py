@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class HiddenStates:
         self.spilled = self.bytes > limit
         if self.spilled:
             spill.unlink(missing_ok=True)
+            _reserve(spill, self.bytes)
             self.values = torch.from_file(str(spill), shared=True, size=count, dtype=dtype).view(shape)
             self._file: Path | None = spill
         else:
@@ -56,3 +58,10 @@ class HiddenStates:
         del self.values
         if self._file is not None:
             self._file.unlink(missing_ok=True)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Take the space now: a disk that is full later would end the process by a signal, not by an error."""
+    with path.open("wb") as file:
+        if hasattr(os, "posix_fallocate"):  # not everywhere
+            os.posix_fallocate(file.fileno(), 0, size)
