@@ -173,6 +173,8 @@ def how_to_load(job: Job, out: Path) -> dict[str, str]:
             f'model = AutoModelForCausalLM.from_pretrained("{out}")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{out}")'
         )
+    else:
+        answers["FrugalLM"] = f'import frugallm\n\nmodel, tokenizer = frugallm.load("{out}")'
     rows = engines_for(job.plan)
     vllm = [r for r in rows if r.engine == "vLLM" and r.seen != "no"]
     if vllm:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -27,6 +27,10 @@ from frugallm.models.safetensors_folder import (
     weight_files,
 )
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
 #: Tensors that stand in the place of a weight, by the end of their names.
 PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
 
@@ -41,6 +45,35 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
         ),
         activations=activations,
     )
+
+
+def only_read_here(folder: Path) -> bool:
+    """Whether ``folder`` is a result of ``frugal run`` that plain ``transformers`` does not load.
+
+    Those are zero points, and an embedding in packed codes (``engines.yaml``).
+    """
+    if not (folder / "manifest.json").is_file():
+        return False
+    groups = (read_config(folder).get("quantization_config") or {}).get("config_groups", {}).values()
+    packed_table = any(
+        g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
+    )
+    return packed_table or any(not g["weights"]["symmetric"] for g in groups)
+
+
+def load_decoded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a plain model with the values that the stored codes stand for, its inputs rounded as the schemes say."""
+    from frugallm.formats.stored import round_inputs
+    from frugallm.models.open import dense_model
+
+    decoded = Decoded(folder)
+    decoded.validate()
+    model = dense_model(decoded, dtype)
+    for path in {name.rpartition(".")[0] for name in decoded.names()}:
+        scheme = decoded.scheme(path)
+        if scheme is not None and scheme.activations is not None:
+            round_inputs(model.get_submodule(path), scheme.activations, decoded.input_scale(path))
+    return model
 
 
 def _matches(target: str, path: str) -> bool:
@@ -88,6 +121,11 @@ class Decoded(Checkpoint):
                 f"{self.where(f'{path}.weight_scale')}: config.json describes no scheme of {path}"
             )
         return by_class[0]
+
+    def input_scale(self, path: str) -> Tensor | None:
+        """Return the static input scale ``(1,)`` of a linear, if it has one."""
+        name = f"{path}.input_scale"
+        return self._stored(name) if name in self._holder else None
 
     @property
     def rounds_inputs(self) -> bool:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from frugallm.compress.plan import Plan
 from frugallm.formats import compressed_tensors
-from frugallm.formats.quantized_tensor import LinearScheme
+from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.open import dense_model
 from frugallm.walk.walk import round_activations
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -92,8 +93,10 @@ def model_in_memory(stored: Stored) -> PreTrainedModel:
     for path, plan in stored.plan.linears.items():
         scheme = plan.scheme.activations
         if scheme is not None:
-            scale = stored.input_scale(path)
-            model.get_submodule(path).register_forward_pre_hook(
-                lambda _, inputs, scheme=scheme, scale=scale: (round_activations(inputs[0], scheme, scale),)
-            )
+            round_inputs(model.get_submodule(path), scheme, stored.input_scale(path))
     return model
+
+
+def round_inputs(linear: nn.Module, scheme: ActivationScheme, scale: Tensor | None) -> None:
+    """Round the inputs of ``linear`` from now on; ``scale`` ``(1,)`` where it is static."""
+    linear.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0], scheme, scale),))

@@ -91,12 +91,16 @@ def check_gguf(path: Path) -> Path:
 def load(model: Source, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """Load anything as a plain ``transformers`` model on the CPU, with its tokenizer.
 
-    A compressed folder, or one of a family that has no description, is left to ``transformers`` alone.
+    A compressed folder, or one of a family that has no description, is left to ``transformers`` alone; only what it
+    cannot read of a result of ``frugal run`` is read here.
     """
+    from frugallm.formats.decoded import load_decoded, only_read_here
+
     if isinstance(model, (str, Path)) and not _offgrid(model):
         found = locate(model)
         if found.path.is_dir() and _for_transformers(found.path):
-            return load_plain(found.path, dtype), load_tokenizer(found.path)
+            read = load_decoded if only_read_here(found.path) else load_plain
+            return read(found.path, dtype), load_tokenizer(found.path)
     checkpoint = open_checkpoint(model)
     return dense_model(checkpoint, dtype), checkpoint.tokenizer
 
