@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frugallm.errors import DataError, ParameterError, nearest
+from frugallm.errors import DataError, FrugalError, ParameterError, nearest
 from frugallm.progress import Progress
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def run(
     Raises
     ------
     FrugalError
-        Bad input, before any work. ``JobError`` if the result does not verify.
+        Bad input; nothing is left behind. ``JobError`` if the result does not verify: the work stays.
 
     Examples
     --------
@@ -109,6 +109,7 @@ def run(
     >>> frugallm.run("smollm2-135m", ["gptq:bits=4"], out="runs/demo")  # doctest: +SKIP
     """
     progress = progress or Progress()
+    _check_numbers(samples=samples, seq_len=seq_len, seed=seed, windows=windows, threads=threads)
     job, place = _prepare(
         model,
         steps,
@@ -127,12 +128,24 @@ def run(
     from frugallm.evaluate.report import Report
     from frugallm.report_files import MEASUREMENTS
 
+    held_out = _held_out(job, eval_text, windows) if evaluate else None
     if not place.prepare(job, resume=resume, overwrite=overwrite):
         progress.event("note", text=f"{place.out} is finished already")
         progress.event("done", out=str(place.out), seconds=0.0)
         return Report.from_json((place.out / MEASUREMENTS).read_text(encoding="utf-8"))
-    held_out = _held_out(job, eval_text, windows) if evaluate else None
-    return _carry_out(job, place, held_out, verify=verify, resumed=resume, progress=progress)
+    try:
+        return _carry_out(job, place, held_out, verify=verify, resumed=resume, progress=progress)
+    except FrugalError as error:
+        if error.status == FrugalError.status:  # bad input that only the work itself could find
+            place.abandon()
+        raise
+
+
+def _check_numbers(**numbers: int | None) -> None:
+    for name, number in numbers.items():
+        least = {"seed": 0, "seq_len": 2}.get(name, 1)
+        if number is not None and not least <= number < 2**63:
+            raise ParameterError(f"{name} must be {least} or more, in 63 bits; got {number}")
 
 
 def _prepare(
@@ -159,8 +172,6 @@ def _prepare(
         raise ParameterError(
             f"device '{device}' is not supported yet", "The walk runs on the CPU: --device cpu"
         )
-    if threads is not None and threads < 1:
-        raise ParameterError(f"threads must be 1 or more; got {threads}")
     from frugallm.recipe import Recipe
 
     recipe = Recipe.of(steps)

@@ -6,8 +6,10 @@ per part of the model. ``OUT`` itself appears by renaming, complete or not at al
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from frugallm.recipe import Recipe
 from frugallm.walk.walk import ROWS_PER_CHUNK, SolvedBlock, Walk
 
 PARTIAL = ".partial"
+STATE, MANIFEST = "job.json", "manifest.json"
 DEFAULT_HIDDEN_LIMIT = 2**30
 
 
@@ -91,9 +94,12 @@ class Workplace:
     """The folder of unfinished work of one job."""
 
     def __init__(self, out: Path) -> None:
+        if not out.name:
+            raise OutputError(f"'{out}' cannot be an output folder", "Give the name of a new folder")
         self.out = out
         self.path = out.with_name(out.name + PARTIAL)
         self.folder = self.path / "folder"
+        self._begun: list[Path] | None = None  # folders that had to be made, if the work began here
 
     def prepare(self, job: Job, *, resume: bool, overwrite: bool) -> bool:
         """Make ready to work on ``job``; return ``False`` when it is finished already.
@@ -105,28 +111,54 @@ class Workplace:
         """
         identity = job.identity()
         if overwrite:
-            for path in (self.out, self.path):
-                _remove(path)
-        if self.out.exists() and not resume:
+            self._clear()
+        if _exists(self.out) and not resume:
             raise OutputError(f"{self.out} exists", "Choose another --out, or --overwrite it")
-        if self.path.exists() and not resume:
+        if _exists(self.path) and not resume:
             raise OutputError(
                 f"{self.path} holds an unfinished run", "Go on with --resume, or start anew with --overwrite"
             )
-        if self.out.exists():
-            manifest = self.out / "manifest.json"
-            if not manifest.is_file():
+        if _exists(self.out):
+            if not (self.out / MANIFEST).is_file():
                 raise OutputError(f"{self.out} is no result of a run", "Choose another --out")
-            _same(json.loads(manifest.read_text())["job"], identity, self.out)
-            _remove(self.path)
+            _same(_read_object(self.out / MANIFEST).get("job"), identity, self.out)
+            self._discard()
             return False
-        state = self.path / "job.json"
+        state = self.path / STATE
         if state.exists():
-            _same(json.loads(state.read_text()), identity, self.path)
+            _same(_read_object(state), identity, self.path)
             return True
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._discard()  # without its job nothing in there counts: a removal was broken off
+        self._begun = [parent for parent in self.path.parents if not parent.exists()]
+        self.path.mkdir(parents=True)
         shards.write_bytes(state, json.dumps(identity, indent=1).encode())
         return True
+
+    def abandon(self) -> None:
+        """Leave nothing behind of work that began with this :meth:`prepare`; work resumed stays."""
+        if self._begun is None:
+            return
+        self._discard()
+        for parent in self._begun:
+            with contextlib.suppress(OSError):  # somebody else put something there in the meantime
+                parent.rmdir()
+        self._begun = None
+
+    def _clear(self) -> None:
+        """Remove an earlier result, which is gone in one step, and unfinished work."""
+        if _exists(self.out) and not _replaceable(self.out):
+            raise OutputError(
+                f"{self.out} is no result of a run and is not overwritten", "Choose another --out"
+            )
+        self._discard()
+        if _exists(self.out):
+            self.out.rename(self.path)
+            self._discard()
+
+    def _discard(self) -> None:
+        if self.path.is_dir():
+            (self.path / STATE).unlink(missing_ok=True)  # first: a removal may be broken off
+        _remove(self.path)
 
     def shard(self, part: str) -> Path:
         """Return the file of one part of the model."""
@@ -145,17 +177,34 @@ class Workplace:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.folder.rename(self.out)
         shards.sync(self.out.parent)
-        _remove(self.path)
+        self._discard()
+
+
+def _exists(path: Path) -> bool:
+    return os.path.lexists(path)  # a link to nowhere is in the way too
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif path.exists():
+    elif _exists(path):
         path.unlink()
 
 
-def _same(before: dict[str, Any], now: dict[str, Any], where: Path) -> None:
+def _replaceable(out: Path) -> bool:
+    """Whether ``out`` is the result of a run, or an empty folder: never somebody's other files."""
+    return out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise OutputError(f"{path} cannot be read as JSON ({error})", "Start anew with --overwrite") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _same(before: Any, now: dict[str, Any], where: Path) -> None:
     different = list(_differences(before, now, ""))
     if different:
         raise OutputError(
