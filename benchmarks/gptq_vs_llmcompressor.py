@@ -48,7 +48,7 @@ ARMS = {
     "llm-compressor gptq W4, no act-order": theirs("--actorder=none"),
     "llm-compressor gptq W4, mse": theirs("--observer=memoryless_mse"),
     "llm-compressor gptq W4, imatrix": theirs("--observer=imatrix_mse"),
-    "frugallm gptq W4, plain range": ours("gptq:bits=4,group_size=64,search=none"),
+    "frugallm gptq W4, plain range": ours("gptq:bits=4,group_size=64,search=minmax"),
     "frugallm rtn W4": ours("rtn:bits=4,group_size=64", method="rtn"),
     "llm-compressor rtn W4": theirs("--method=rtn", method="rtn"),
     "frugallm gptq W3": ours("gptq:bits=3,group_size=64", bits=3),

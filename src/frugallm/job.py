@@ -263,6 +263,8 @@ def compress(job: Job, place: Workplace, progress: Progress) -> None:
         progress.event("stage", text="embedding")
         name = f"{job.checkpoint.family.embedding}.weight"
         walk.embed(lambda start, stop: stored.rows(name, start, stop))
+    if todo:
+        progress.event("stage", text="compressing")
     for index in range(len(walk)) if todo else ():
         part = f"block-{index:05d}"
         if index not in todo:
@@ -270,7 +272,6 @@ def compress(job: Job, place: Workplace, progress: Progress) -> None:
                 progress.event("stage", text=f"through block {index + 1} as stored")
                 walk.replay(index, stored.block_state(index), stored.input_scale)
             continue
-        progress.event("stage", text="walk")
         done = walk.solve(index)
         _write_block(job, place, part, done)
         progress.event("block", index=index + 1, of=len(walk))

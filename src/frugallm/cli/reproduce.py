@@ -19,6 +19,9 @@ def reproduce(
     model: Annotated[
         str, typer.Option(help="a model that no grid fits by construction")
     ] = "smollm2-135m-offgrid",
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="calibration text")] = None,
+    eval_text: Annotated[str | None, typer.Option(metavar="TEXT", help="held-out text")] = None,
+    samples: Annotated[int, typer.Option(metavar="N", help="calibration windows")] = 128,
     record: Annotated[
         bool, typer.Option("--record", help="keep the results inside the package, for 'frugal methods'")
     ] = False,
@@ -38,7 +41,8 @@ def reproduce(
 
     with Progress("auto") as shown:
         shown.event("stage", text=f"reading {model}")
-        for result in check_claims(chosen, Bench(model), RESULTS, record, shown):
+        bench = Bench(model, text, eval_text, samples=samples)
+        for result in check_claims(chosen, bench, RESULTS, record, shown):
             shown.event("note", text=f"{result.method}: {claim_text(result.claim.model_dump())}")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(results_page(RESULTS), encoding="utf-8")

@@ -80,6 +80,7 @@ def run(
         raise
     if not quiet:
         show_markdown(report.to_markdown())
+        typer.echo(f"The page with plots: {out / 'report.html'}")
 
 
 def read_recipe(steps: list[str], recipe: str | None) -> Recipe:

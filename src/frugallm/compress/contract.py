@@ -91,9 +91,9 @@ class TableMethod(Method):
 
 
 def fitting_group_sizes(widths: Mapping[str, int]) -> list[int]:
-    """Return the group sizes from 16 up that divide every width."""
+    """Return the multiples of 8 from 16 up that divide every width."""
     common = math.gcd(*widths.values())
-    return [g for g in range(MIN_GROUP, common + 1) if common % g == 0 and g % 8 == 0]
+    return [g for g in range(MIN_GROUP, common + 1, 8) if common % g == 0]
 
 
 def resolve_group_size(method: str, group_size: int | None, widths: Mapping[str, int]) -> int | None:
@@ -124,11 +124,13 @@ def resolve_group_size(method: str, group_size: int | None, widths: Mapping[str,
             f"{method}: no group size from 16 up divides every width ({name} has {width} inputs)",
             "Use group_size=-1 (one scale a row), or skip that linear",
         )
-    for name, width in widths.items():
-        if group_size == 0 or width % group_size:
-            sizes = ", ".join(map(str, fitting)) or "none"
-            raise ParameterError(
-                f"{method}: group_size {group_size} does not divide the {width} inputs of {name}",
-                f"Sizes that fit: {sizes}; -1 is one scale a row",
-            )
+    if group_size not in fitting:
+        sizes = ", ".join(map(str, fitting)) or "none"
+        hint = f"Sizes that fit: {sizes}; -1 is one scale a row"
+        for name, width in widths.items():
+            if group_size == 0 or width % group_size:
+                raise ParameterError(
+                    f"{method}: group_size {group_size} does not divide the {width} inputs of {name}", hint
+                )
+        raise ParameterError(f"{method}: group_size {group_size} is no multiple of 8 from 16 up", hint)
     return group_size

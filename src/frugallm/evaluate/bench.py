@@ -40,7 +40,7 @@ class Bench:
     model
         What :func:`frugallm.models.open_checkpoint` takes.
     calibration
-        Token ids ``(samples, length)``, or a text to cut 128 windows of 512 from (``None``: the embedded
+        Token ids ``(samples, length)``, or a text to cut ``samples`` windows of 512 from (``None``: the embedded
         one).
     windows
         Held-out token ids ``(windows, length)``, at least two windows, or a text to cut 8 windows of 2048
@@ -48,6 +48,8 @@ class Bench:
     compress
         Does the work: ``compress(checkpoint, steps, calibration, out) -> model``, the folder as it would be
         handed on or a loaded model. What :func:`frugallm.run` does, if not given.
+    samples
+        How many calibration windows to cut from a text.
     dtype, seed
         Of the evaluation; see :func:`frugallm.evaluate.evaluate`.
     progress
@@ -68,6 +70,7 @@ class Bench:
         windows: Tensor | str | Path | None = None,
         compress: Compress | None = None,
         *,
+        samples: int = 128,
         dtype: Precision = "auto",
         seed: int = 0,
         progress: Progress | None = None,
@@ -77,7 +80,7 @@ class Bench:
         self.text: TextFacts | None = None
         if not isinstance(calibration, Tensor):
             opened = open_text(calibration, "calibrate", tokenizer)
-            calibration = calibration_windows(opened, tokenizer, 128, 512, seed)
+            calibration = calibration_windows(opened, tokenizer, samples, 512, seed)
         if not isinstance(windows, Tensor):
             opened = open_text(windows, "evaluate", tokenizer)
             windows = evaluation_windows(opened, tokenizer, 8, 2048)

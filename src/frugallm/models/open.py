@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +130,13 @@ def dense_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> P
     return model.requires_grad_(False).eval()
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep progress bars of libraries, which cannot all be turned off, from standard error."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
 def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load a folder with ``transformers`` alone: local files, safetensors, no remote code."""
     from safetensors import SafetensorError
@@ -134,9 +145,14 @@ def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     for file in weight_files(folder):
         open_safetensors(folder / file)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        with _without_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
+            compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+            if compressor is not None:
+                # compressed-tensors would wait for a call of the whole model; its decoder may be called alone.
+                compressor.decompress_model(model)
     except (
         OSError,
         ValueError,
@@ -148,10 +164,6 @@ def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         SafetensorError,
     ) as error:
         raise ModelError(f"{folder} cannot be loaded by transformers ({error})") from error
-    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-    if compressor is not None:
-        # compressed-tensors would wait for a call of the whole model; its decoder may be called alone.
-        compressor.decompress_model(model)
     return model.requires_grad_(False).eval()
 
 

@@ -39,8 +39,7 @@ class AbsMax:
 
     def add(self, x: Tensor) -> None:
         """Take in one piece ``(tokens, in)``."""
-        low, high = torch.aminmax(x, dim=0)
-        self.total = torch.maximum(self.total, torch.maximum(-low, high).float())
+        self.total = torch.maximum(self.total, x.abs().amax(0).float())
 
     def value(self) -> Tensor:
         """Return the channel maxima ``(in,)``."""
