@@ -1,0 +1,185 @@
+"""The README says what is so: its tree, its three ways to say the same thing, its figures."""
+
+import json
+import re
+import shlex
+import sys
+import xml.etree.ElementTree as ET
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+
+import frugallm
+from frugallm.cli.run import read_recipe
+from frugallm.formats.engines import table
+from frugallm.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+#: Folders that exist once something has been measured.
+MADE_LATER = {"results", "src/frugallm/records"}
+
+
+def blocks(kind):
+    return re.findall(rf"^```{kind}\n(.*?)\n```$", README, re.MULTILINE | re.DOTALL)
+
+
+def printed_tree():
+    """Return path → clause of every line of the printed tree."""
+    tree = next(block for block in blocks("") if block.startswith("src/frugallm/"))
+    parents, found = {}, {}
+    for line in tree.splitlines():
+        name, _, clause = line.strip().partition(" ")
+        depth = (len(line) - len(line.lstrip())) // 2
+        path = f"{parents[depth - 1]}/{name}" if depth else name
+        parents[depth] = path.rstrip("/")
+        found[path] = clause.strip()
+    return found
+
+
+def folders(root):
+    return {
+        p.relative_to(ROOT).as_posix()
+        for p in root.rglob("*")
+        if p.is_dir() and p.name != "__pycache__" and any(f.is_file() for f in p.iterdir())
+    }
+
+
+def test_the_tree_is_that_of_the_folders():
+    tree = printed_tree()
+    shown = {path.rstrip("/") for path in tree if path.endswith("/")}
+    package = ROOT / "src" / "frugallm"
+    there = folders(package) | {"src/frugallm", "tests", "benchmarks", "docs"}
+    assert there <= shown, "folders that README does not show"
+    assert shown - there <= MADE_LATER, "folders that README shows and that are not there"
+    modules = {f"src/frugallm/{p.name}" for p in package.glob("*.py") if p.name != "__init__.py"}
+    assert {path for path in tree if path.endswith(".py")} == modules
+    assert all(clause for path, clause in tree.items() if path != "src/frugallm/")
+
+
+def test_every_link_leads_somewhere():
+    for text in [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *(ROOT / "docs").rglob("*.md"),
+    ]:
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text.read_text(encoding="utf-8")):
+            if not link.startswith(("http", "mailto:")):
+                target = text.parent / link
+                assert target.exists() or target.name == "quality_size.svg", f"{text.name}: {link}"
+
+
+def test_the_three_ways_are_one_recipe(monkeypatch, tmp_path):
+    line = next(
+        line for block in blocks("sh") for line in block.splitlines() if line.startswith("frugal run")
+    )
+    words = shlex.split(line)
+    shell = read_recipe([word for word in words[3:] if word not in ("--out", "runs/small")], None)
+    seen = {}
+    monkeypatch.setattr(frugallm, "run", lambda model, steps, out: seen.update(steps=steps), raising=False)
+    exec(next(block for block in blocks("python") if "frugallm.run" in block), {})
+    file = tmp_path / "recipe.yaml"
+    file.write_text(blocks("yaml")[0])
+    assert shell.digest() == Recipe.of(seen["steps"]).digest() == Recipe.load(file).digest()
+
+
+def test_the_commands_of_the_demo_and_the_tests_are_those_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    demo = re.search(r"`(frugal run smollm2-135m gptq[^`]*)`", README)[1]
+    assert demo in makefile
+    assert {"demo:", "test:", "dev:"} <= set(makefile.split())
+
+
+def test_what_it_says_about_engines_is_what_the_table_says():
+    assert {row.engine for row in table()} == set(
+        re.findall(r"^\| (transformers|vLLM|llama\.cpp)", README, re.M)
+    )
+    works = [row for row in table() if row.engine == "transformers" and row.seen != "no"]
+    assert {(row.weights, row.tables, row.grids) for row in works} == {
+        ((2, 3, 4, 5, 6, 7, 8), (16, 8), ("symmetric",))
+    }
+    assert {t for row in table() if row.engine == "vLLM" for t in row.tables} == {16}
+    assert all(row.seen == "documented" for row in table() if row.engine == "vLLM")
+    assert yaml.safe_load((ROOT / "src/frugallm/formats/engines.yaml").read_text())
+
+
+@pytest.fixture
+def readme_figures(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    sys.modules.pop("readme_figures", None)
+    import readme_figures
+
+    yield readme_figures
+    sys.modules.pop("readme_figures", None)
+
+
+def test_the_figures_are_those_of_the_results(readme_figures):
+    section, picture = readme_figures.figures(ROOT / "results")
+    stale = "run: python benchmarks/readme_figures.py"
+    assert readme_figures.filled(README, section) == README, stale
+    if picture is not None:
+        assert (ROOT / "results" / readme_figures.PLOT).read_text() == picture, stale
+
+
+def measured(perplexity, **more):
+    figure = {"value": perplexity, "low": perplexity - 1, "high": perplexity + 1}
+    kl, top1 = {"value": 0.1, "low": None, "high": None}, {"value": 0.8, "low": 0.7, "high": 0.9}
+    return {"evaluation": {"perplexity": figure, "kl": kl, "top1": top1}, **more}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Results as the benchmarks write them, with figures that nobody could take for measured ones."""
+    facts = {"machine": {"cpu": "a processor"}, "date": "2001-01-01T00:00:00", "commit": "0123456789abcdef"}
+    setting = {"model": "m", "samples": 1, "seq_len": 2, "windows": 3, "window_length": 4, "threads": 5}
+    setting |= {"calibration": "c.txt", "evaluation": "e.txt"}
+    cost = {
+        "compress_seconds": {"median": 7.0},
+        "peak_anonymous_compressing": {"max": 2**30},
+        "weights_bytes": 10**8,
+    }
+    ours, theirs = measured(20.0, **cost), measured(21.0, **cost | {"weights_bytes": 2 * 10**8})
+    verdicts = {"time": {"peer": "p & q", "value": 0.5, "passed": False}}
+    gptq = {"arms": {"frugallm x": ours, "llm-compressor <y>": theirs}, "verdicts": verdicts}
+    smooth = {
+        "arms": {"naive": measured(30.0, gap_closed=0.0), "smoothquant s": measured(22.0, gap_closed=0.9)}
+    }
+    for name, content in {
+        "gptq_vs_llmcompressor": gptq,
+        "smoothquant_static": smooth | {"passed": True},
+    }.items():
+        content = content | {"facts": facts, "setting": setting, "unquantized_perplexity": 19.0}
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "scaling.json").write_text(json.dumps({"passed": False}))
+    return tmp_path
+
+
+def test_table_targets_and_picture_come_from_the_results(readme_figures, results):
+    section, picture = readme_figures.figures(results)
+    assert "| unquantized | 19.00 | 0 | 100 % |" in section
+    assert "| frugallm x | 20.00 (19.00 to 21.00) | 0.1000 | 80.0 % | 100 | 7 | 1.00 |" in section
+    assert "| W8A8 smoothquant s | 22.00 (21.00 to 23.00) | 0.1000 | 80.0 % |  |  |  |" in section
+    assert "- time (p & q): 0.500, **missed**" in section
+    assert "smoothquant s: 90.0 %; met" in section and "calibration tokens: **missed**" in section
+    assert "more than 8 GB" not in section  # not measured, so not told
+    assert "`m`" in section and "commit 0123456789" in section
+    drawn = ET.fromstring(picture)
+    words = [element.text for element in drawn.iter() if element.tag.endswith("text")]
+    assert {"frugallm x: 20.00", "llm-compressor <y>: 21.00", "unquantized 19.00"} <= set(words)
+    circles = {c.get("fill"): c for c in drawn.iter() if c.tag.endswith("circle")}
+    assert float(circles["#1f6feb"].get("cx")) < float(circles["#8250df"].get("cx"))  # smaller is left
+    assert float(circles["#1f6feb"].get("cy")) > float(circles["#8250df"].get("cy"))  # better is below
+
+
+def test_without_results_there_are_no_figures(readme_figures, tmp_path):
+    section, picture = readme_figures.figures(tmp_path)
+    assert picture is None and not re.search(r"\d", section) and "frugal reproduce" in section
+
+
+def test_labels_are_kept_apart(readme_figures):
+    lines = readme_figures.spaced([30.0, 31.0, 32.0, 355.0, 356.0, 357.0])
+    assert lines == sorted(lines) and lines[-1] <= readme_figures.BOTTOM
+    assert min(b - a for a, b in pairwise(lines)) >= readme_figures.SPACING
