@@ -1,7 +1,7 @@
 """Does time grow linearly with the number of blocks and with the number of calibration tokens?
 
 Synthetic models with the default model's widths; every point is the median of repeated whole ``frugal run``
-processes, of which the time over the blocks is fitted. Writes ``results/scaling.json`` and
+processes, of which the walk over the blocks is fitted. Writes ``results/scaling.json`` and
 ``results/scaling.svg``.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from harness import Measurement, facts, frugal, measure, table, write_result
+from harness import facts, frugal, measure, table, write_result
 from synthetic import Shape, write_checkpoint
 
 STEP = "gptq:bits=4,group_size=64"
@@ -30,16 +30,6 @@ def shape(layers: int) -> Shape:
     return Shape(hidden=576, ffn=1536, layers=layers, heads=9, kv_heads=3, head_dim=64, tied=True)
 
 
-def block_seconds(measured: Measurement) -> float:
-    """Return the time per block between the first and the last block's event, times the number of blocks.
-
-    The first block's own time has the start of the process in it, so it is left out of the mean.
-    """
-    blocks = [event for event in measured.events if event["event"] == "block"]
-    first, last = blocks[0], blocks[-1]
-    return (last["seconds"] - first["seconds"]) / (len(blocks) - 1) * len(blocks)
-
-
 def point(model: Path, out: Path, samples: int, args: argparse.Namespace) -> dict[str, float]:
     command = frugal("run", model, STEP, "--out", out, "--no-evaluate", "--progress=json")
     command += [
@@ -50,7 +40,7 @@ def point(model: Path, out: Path, samples: int, args: argparse.Namespace) -> dic
     ]
     measured = measure(command, threads=args.threads)
     shutil.rmtree(out)
-    return {"process_seconds": measured.seconds, "block_seconds": block_seconds(measured)}
+    return {"process_seconds": measured.seconds, "walk_seconds": measured.stage_seconds("walk")}
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
@@ -64,7 +54,7 @@ def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 def series(name: str, unit: str, points: dict[int, list[dict[str, float]]]) -> dict[str, Any]:
     x = list(points)
-    y = [statistics.median(run["block_seconds"] for run in runs) for runs in points.values()]
+    y = [statistics.median(run["walk_seconds"] for run in runs) for runs in points.values()]
     return {"name": name, "unit": unit, "x": x, "seconds": y, "fit": fit(x, y), "runs": list(points.values())}
 
 
@@ -112,7 +102,7 @@ def _panel(panel: dict[str, Any], left: int) -> list[str]:
         f'<path d="M{left} {TOP}V{BOTTOM}H{right}" fill="none" stroke="#444"/>',
         f'<path d="M{left} {start:.1f}L{far:.1f} {end:.1f}" stroke="#1f6feb"/>',
         text(middle, BOTTOM + 38, panel["name"]),
-        text(middle, 22, f"seconds over all blocks; R² of the line {line['r_squared']:.4f}"),
+        text(middle, 22, f"seconds of the walk; R² of the line {line['r_squared']:.4f}"),
     ]
     for x, y in zip(panel["x"], panel["seconds"], strict=True):
         cx, cy = left + x * across, BOTTOM - y * up
@@ -126,7 +116,7 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, required=True, help="calibration text with at least 131,072 tokens"
     )
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     about = facts()
@@ -151,7 +141,7 @@ def main() -> None:
     path.with_suffix(".svg").write_text(svg(panels))
     for panel in panels:
         rows = [[f"{x:,}", f"{y:.1f}"] for x, y in zip(panel["x"], panel["seconds"], strict=True)]
-        print(table([panel["name"], "time over the blocks (s)"], rows))
+        print(table([panel["name"], "walk (s)"], rows))
         print(f"\nR² of a straight line: {panel['fit']['r_squared']:.4f}\n")
     print(f"Written to {path}. {'PASS' if content['passed'] else 'FAIL'}")
     raise SystemExit(0 if content["passed"] else 1)
