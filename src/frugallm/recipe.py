@@ -164,8 +164,8 @@ class _Document:
     def __init__(self, text: str, label: str, folder: Path | None) -> None:
         self.label = label
         self.folder = folder
-        self.loader = yaml.SafeLoader(text)
         try:
+            self.loader = yaml.SafeLoader(text)  # it looks for characters that cannot be printed
             self.root = self.loader.get_single_node()
         except yaml.MarkedYAMLError as error:
             line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""

@@ -51,7 +51,9 @@ def run(
     chosen = read_recipe(steps or [], recipe)
     if out is None:
         raise OutputError("a run needs a folder to write to", "Add --out DIR")
-    shown = Progress("none" if quiet else progress)  # type: ignore[arg-type]
+    shown = Progress(progress)  # type: ignore[arg-type]
+    if quiet:
+        shown = Progress("none")
 
     from frugallm.compression import run as run_job
 
