@@ -113,6 +113,5 @@ def _join(shards: Sequence[Path], target: Path) -> tuple[list[str], int]:
                 file.seek(start)
                 while piece := file.read(_COPY_BYTES):
                     out.write(piece)
-        out.flush()
-        os.fsync(out.fileno())
+    sync(target)
     return list(header), offset
