@@ -87,6 +87,6 @@ def fixed_files(folder: Path) -> dict[str, bytes]:
 def listing(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Return everything below ``folder`` with its time and content: equal if nothing was touched."""
     return {
-        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
+        str(p.relative_to(folder)): (p.lstat().st_mtime_ns, p.read_bytes() if p.is_file() else b"")
         for p in sorted(folder.rglob("*"))
     }
