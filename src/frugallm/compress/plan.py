@@ -153,10 +153,17 @@ def _plan_linears(
         schemes[id(step)] = scheme
         _note_group_size(step, scheme, mine, notes)
     return {
-        name: LinearPlan(LinearScheme(weights=schemes[id(s)], activations=activations.get(name)), s)
+        name: LinearPlan(_linear_scheme(schemes[id(s)], activations.get(name)), s)
         for name in names
         if (s := solver.get(name)) is not None and id(s) in schemes
     }
+
+
+def _linear_scheme(weights: WeightScheme, activations: ActivationScheme | None) -> LinearScheme:
+    """Join both halves; integer engines multiply by the scales of W8A8 in float32, so they are stored so."""
+    if activations is not None and weights.bits == 8:
+        weights = weights.model_copy(update={"scale_dtype": "float32"})
+    return LinearScheme(weights=weights, activations=activations)
 
 
 def _note_group_size(step: Method, scheme: WeightScheme, widths: dict[str, int], notes: list[str]) -> None:

@@ -3,10 +3,10 @@
 ============== ======================== ===================================================================================
 container      used for                 tensors of a linear ``<p>``
 ============== ======================== ===================================================================================
-pack-quantized weight-only linears      ``weight_packed`` int32 ``(out, ceil(in b / 32))``, ``weight_scale (out, groups)``,
-                                        ``weight_shape`` int64 ``[out, in]``; asymmetric: ``weight_zero_point`` int32
-                                        ``(ceil(out b / 32), groups)``
-int-quantized  linears with rounded     ``weight`` int8 ``(out, in)``, ``weight_scale (out, groups)``; static inputs:
+pack-quantized linears, inputs as they  ``weight_packed`` int32 ``(out, ceil(in b / 32))``, ``weight_scale (out, groups)``,
+               are, or weights of other ``weight_shape`` int64 ``[out, in]``; asymmetric: ``weight_zero_point`` int32
+               than 8 bits              ``(ceil(out b / 32), groups)``; static inputs: ``input_scale``
+int-quantized  8 bits with rounded      ``weight`` int8 ``(out, in)``, ``weight_scale (out, groups)``; static inputs:
                inputs                   ``input_scale (1,)`` float32; asymmetric: ``weight_zero_point`` int8
                                         ``(out, groups)``
 naive-         embedding and head in    ``weight`` int8 ``(vocabulary, width)``, ``weight_scale``; a tied head has a scale of
@@ -35,7 +35,9 @@ def container(scheme: LinearScheme, *, table: bool = False) -> str:
     """Return the name of the container for one linear, or for an embedding or head."""
     if table and scheme.weights.bits == 8:
         return "naive-quantized"
-    return "int-quantized" if scheme.activations is not None else "pack-quantized"
+    # The format's own rule would put 4-bit codes of rounded inputs into int8 as well, at twice the bytes.
+    whole_bytes = scheme.activations is not None and scheme.weights.bits == 8
+    return "int-quantized" if whole_bytes else "pack-quantized"
 
 
 def encode_linear(
