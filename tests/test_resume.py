@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +29,19 @@ COMPOSED = ("smoothquant", "gptq:bits=4", "embedding:bits=8")
 PLAIN = ("gptq",)
 #: Seconds after which a process that should have ended is taken for one that hangs.
 PATIENCE = 120
+#: Kills that have to hit.
+ENOUGH = 20
 
 
 class Recorded(Progress):
-    """Remembers how many events there were."""
+    """Remembers when each event came."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.times: list[float] = []
 
     def event(self, kind: str, **facts: Any) -> None:
-        self.count += 1
+        self.times.append(time.monotonic())
 
 
 class Sent(Progress):
@@ -53,13 +57,12 @@ class Sent(Progress):
 
 @dataclass
 class Whole:
-    """An unbroken run: what must come out, how many events it has, how long it takes."""
+    """An unbroken run: what must come out, and the seconds from each event to the next."""
 
     job: SmallJob
     files: dict[str, bytes]
     names: set[str]
-    events: int
-    seconds: float
+    gaps: list[float]
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +76,12 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=[COMPOSED, PLAIN], ids=["composed", "gptq"])
 def whole(request, place) -> Whole:
     job = SmallJob(place / "model", place / "text.txt", request.param, place / f"whole-{len(request.param)}")
-    recorded, started = Recorded(), time.monotonic()
-    job.run(progress=recorded)
-    seconds = time.monotonic() - started
-    names = {p.name for p in job.out.iterdir()}
-    return Whole(job, fixed_files(job.out), names, recorded.count, seconds)
+    job.run()
+    files, names = fixed_files(job.out), {p.name for p in job.out.iterdir()}
+    recorded = Recorded()  # of a second run, for the first one also imports
+    job.run(progress=recorded, overwrite=True)
+    assert fixed_files(job.out) == files
+    return Whole(job, files, names, [after - before for before, after in pairwise(recorded.times)])
 
 
 @pytest.fixture
@@ -101,7 +105,7 @@ def interrupt(job: SmallJob, **options: Any) -> None:
 # -- killed ------------------------------------------------------------------------------------------------------------
 
 
-def killed(job: SmallJob, *, event: int | None, delay: float) -> bool:
+def killed(job: SmallJob, event: int, delay: float) -> bool:
     """Resume the job in a process of its own, kill it after an event and a delay; False if it was done before."""
     context = multiprocessing.get_context("fork")  # everything is imported already
     receiver, sender = context.Pipe(duplex=False)
@@ -109,7 +113,7 @@ def killed(job: SmallJob, *, event: int | None, delay: float) -> bool:
     process.start()
     sender.close()
     try:
-        for _ in range(event or 0):
+        for _ in range(event):
             receiver.recv_bytes()
     except EOFError:
         pass
@@ -137,30 +141,33 @@ def check_absent_or_complete(job: SmallJob, whole: Whole) -> None:
         assert fixed_files(job.out) == whole.files
 
 
-def moments(whole: Whole, rng: random.Random) -> list[dict[str, Any]]:
-    """After every event of an unbroken run by up to 50 ms, and at any time, in any order."""
-    found: list[dict[str, Any]] = [
-        {"event": n, "delay": rng.uniform(0, 0.05)} for n in range(1, whole.events + 1)
-    ]
-    found += [{"event": None, "delay": rng.uniform(0, whole.seconds)} for _ in range(6)]
-    rng.shuffle(found)
-    return found
+def moments(whole: Whole, rng: random.Random) -> Iterator[tuple[int, float]]:
+    """Yield events and delays: between any two events, seven more while saving, then at any time from the start."""
+    gaps = list(enumerate(whole.gaps, 1))
+    chosen = gaps + [gaps[-1]] * 7
+    rng.shuffle(chosen)
+    for event, gap in chosen:
+        yield event, rng.uniform(0, gap)
+    for _ in range(40):
+        yield 0, rng.uniform(0, sum(whole.gaps))
 
 
 def test_killed_at_any_moment_it_ends_in_the_same_bytes(whole, tmp_path):
     rng = random.Random(len(whole.job.steps))
     seen: Counter[str] = Counter()
     for number, moment in enumerate(moments(whole, rng)):
+        if seen.total() >= ENOUGH and number >= len(whole.gaps) + 10:
+            break
         job = replace(whole.job, out=tmp_path / f"out-{number}")
-        again = {"event": None, "delay": rng.uniform(0, whole.seconds)}
-        for when in (moment, again) if number % 2 else (moment,):
-            if killed(job, **when):
+        again = (0, rng.uniform(0, sum(whole.gaps)))  # some are killed again when they go on
+        for when in (moment, again) if number % 3 == 0 else (moment,):
+            if killed(job, *when):
                 seen[where(job)] += 1
             check_absent_or_complete(job, whole)
         job.run(resume=True)
         assert job.out.exists() and not partial(job).exists()
         check_absent_or_complete(job, whole)
-    assert seen.total() >= 20, seen
+    assert seen.total() >= ENOUGH, seen
     assert min(seen["walking"], seen["saving"], seen["first block"] + seen["reading"]) >= 2, seen
 
 
