@@ -6,6 +6,9 @@ make up for the error: OBQ's closed-form update, in GPTQ's fixed order with lazy
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -70,7 +73,7 @@ def compensate(
     block_size
         Columns whose updates are applied to the rest in one product; changes speed, not results.
     """
-    rows, width = weight.shape
+    width = weight.shape[1]
     per_scale = scheme.columns_per_scale(width)
     diagonal = second_moment.diagonal()
     dead = diagonal == 0
@@ -84,9 +87,31 @@ def compensate(
     w[dead[order]] = 0.0
     s = scale.float().T[order // per_scale]  # (in, out)
     z = None if zero is None else zero.float().T[order // per_scale]
-    low, high = scheme.code_range
     codes = torch.empty_like(w)
+    with _one_thread():
+        _round_columns(w, u, s, z, codes, scheme.code_range, block_size)
+    back = torch.empty_like(order)
+    back[order] = torch.arange(width)
+    return QuantizedTensor(codes[back].T.contiguous().to(torch.int8), scale, zero, scheme)
 
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: a column is too little work to share, and waiting for each other costs more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _round_columns(
+    w: Tensor, u: Tensor, s: Tensor, z: Tensor | None, codes: Tensor, limits: tuple[int, int], block_size: int
+) -> None:
+    """Fill ``codes`` ``(in, out)`` column by column; ``w``, ``s`` and ``z`` ``(in, out)`` are in that order too."""
+    low, high = limits
+    width, rows = w.shape
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
         block, error = w[start:stop], torch.empty(stop - start, rows)
@@ -100,10 +125,6 @@ def compensate(
             value = q * s[j] if z is None else (q - z[j]) * s[j]
             torch.sub(column, value, out=error[i]).div_(u[j, j])
         w[stop:].addmm_(u[start:stop, stop:].T, error, alpha=-1)
-
-    back = torch.empty_like(order)
-    back[order] = torch.arange(width)
-    return QuantizedTensor(codes[back].T.contiguous().to(torch.int8), scale, zero, scheme)
 
 
 def proxy_loss(weight: Tensor, stored: Tensor, second_moment: Tensor) -> float:
