@@ -79,7 +79,11 @@ def main() -> None:
             shutil.rmtree(folders[name], ignore_errors=True)
             command = frugal("run", model, step, "--out", folders[name], *setting.run_options())
             run = measure(command, threads=setting.threads)
-            runs[name] = {"seconds": run.seconds, "peak_anonymous_bytes": run.peak_anonymous_bytes}
+            runs[name] = {
+                "seconds": run.seconds,
+                "peak_anonymous_bytes": run.peak_anonymous_bytes,
+                "weights_bytes": common.folder_bytes(folders[name]),
+            }
             print(f"{name}: {run.seconds:.0f} s", flush=True)
         evaluations = common.evaluate_folders(setting, folders, model)
     perplexity = {name: e.perplexity.value for name, e in evaluations.items()}
