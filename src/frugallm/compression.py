@@ -63,7 +63,7 @@ def run(
     dtype: str = "bf16",
     device: str = "cpu",
     threads: int | None = None,
-    hidden_limit: int = 2**30,
+    hidden_limit: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compress a model and write it, with what it cost, to a new folder.
@@ -91,7 +91,7 @@ def run(
     threads
         Processor threads; ``None``: as many as torch uses.
     hidden_limit
-        Bytes of hidden states that stay in memory; more are kept in a file.
+        Bytes of hidden states that stay in memory (default: 128 MiB); more are kept in a file.
 
     Returns
     -------
@@ -160,7 +160,7 @@ def _prepare(
     dtype: str,
     device: str,
     threads: int | None,
-    hidden_limit: int,
+    hidden_limit: int | None,
     progress: Progress,
 ) -> tuple[Job, Workplace]:
     """Read and check all input; nothing is written."""
@@ -181,6 +181,7 @@ def _prepare(
     from frugallm.evaluate.precision import fast_dtype
     from frugallm.job import Job, Workplace, needs_text
     from frugallm.models.open import open_checkpoint
+    from frugallm.walk.hidden import HIDDEN_LIMIT
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -205,7 +206,7 @@ def _prepare(
         getattr(torch, DTYPES[dtype]),
         fast_dtype(),
         torch.get_num_threads(),
-        hidden_limit,
+        HIDDEN_LIMIT if hidden_limit is None else hidden_limit,
     )
     return job, place
 

@@ -27,11 +27,11 @@ from frugallm.formats.stored import Stored
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.progress import Progress
 from frugallm.recipe import Recipe
+from frugallm.walk.hidden import HIDDEN_LIMIT
 from frugallm.walk.walk import ROWS_PER_CHUNK, SolvedBlock, Walk
 
 PARTIAL = ".partial"
 STATE, MANIFEST = "job.json", "manifest.json"
-DEFAULT_HIDDEN_LIMIT = 2**30
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Job:
     stored: torch.dtype
     fast: torch.dtype
     threads: int
-    hidden_limit: int = DEFAULT_HIDDEN_LIMIT
+    hidden_limit: int = HIDDEN_LIMIT
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for a resumed run to equal an unbroken one, as plain JSON values."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 TOKENS_PER_BATCH = 4096
+#: Bytes of hidden states that stay in memory unless told otherwise. A file costs little more: the system caches it.
+HIDDEN_LIMIT = 2**27
 
 
 class HiddenStates:
@@ -41,6 +43,11 @@ class HiddenStates:
             self.values = torch.empty(shape, dtype=dtype)
             self._file = None
         self.step = max(1, TOKENS_PER_BATCH // length)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of this process's own memory that the values take."""
+        return 0 if self.spilled else self.bytes
 
     def batches(self) -> Iterator[slice]:
         """Yield slices of windows that hold about 4,096 tokens each."""

@@ -67,9 +67,10 @@ class SecondMoment:
         self.tokens += x.shape[0]
 
     def value(self) -> Tensor:
-        """Return the second moment ``(in, in)``, symmetric to the last bit."""
-        upper = self.total.triu()
-        return (upper + upper.triu(1).T) / max(self.tokens, 1)
+        """Return the second moment ``(in, in)``, symmetric to the last bit; called once."""
+        self.total.triu_()
+        self.total += self.total.triu(1).T
+        return self.total.div_(max(self.tokens, 1))  # the one large tensor, not a copy of it
 
 
 STATISTICS: dict[str, type[Accumulator]] = {"absmax": AbsMax, "second_moment": SecondMoment}

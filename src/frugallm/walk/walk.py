@@ -24,7 +24,7 @@ from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor
 from frugallm.models.checkpoint import Checkpoint, meta_model
 from frugallm.models.family import Site, Sublayer
 from frugallm.walk.block import Block
-from frugallm.walk.hidden import HiddenStates
+from frugallm.walk.hidden import HIDDEN_LIMIT, HiddenStates
 from frugallm.walk.statistics import Gather, Statistics
 
 ROWS_PER_CHUNK = 8192
@@ -86,7 +86,7 @@ class Walk:
         *,
         fast: torch.dtype = torch.bfloat16,
         stored: torch.dtype = torch.bfloat16,
-        hidden_limit: int = 2**30,
+        hidden_limit: int = HIDDEN_LIMIT,
     ) -> None:
         self.checkpoint, self.plan, self.windows = checkpoint, plan, windows
         self.scratch, self.fast, self.stored, self.hidden_limit = scratch, fast, stored, hidden_limit
@@ -197,7 +197,7 @@ class Walk:
                 width = block.weight(sub.output.name).shape[1]
                 spill = self.scratch / f"inner-{number}.bin"
                 inner = HiddenStates(
-                    (count, length, width), self.fast, spill, self.hidden_limit - self.hidden.bytes
+                    (count, length, width), self.fast, spill, self.hidden_limit - self.hidden.held_bytes
                 )
                 with self._without_output(block, sub):
                     for batch in self.hidden.batches():

@@ -32,7 +32,8 @@ def inverse_factor(second_moment: Tensor, damp: float) -> tuple[Tensor, float]:
         ``U (in, in)`` float32 and the fraction that was needed.
     """
     # The Cholesky factor of H with rows and columns reversed, H = R R^T with upper R, gives U = R^-1 without H^-1.
-    h = second_moment.double().flip(0, 1)
+    h = second_moment.flip(0, 1).double()
+    del second_moment
     mean = h.diagonal().mean()
     added = 0.0
     for attempt in range(8):
@@ -42,9 +43,10 @@ def inverse_factor(second_moment: Tensor, damp: float) -> tuple[Tensor, float]:
         lower, info = torch.linalg.cholesky_ex(h)
         if info == 0:
             break
-    identity = torch.eye(h.shape[0], dtype=h.dtype, out=h)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-    return inverse.float().flip(0, 1).contiguous(), added
+    torch.eye(h.shape[0], dtype=h.dtype, out=h)
+    torch.linalg.solve_triangular(lower, h, upper=False, out=h)
+    del lower
+    return h.float().flip(0, 1), added
 
 
 def compensate(
@@ -79,10 +81,7 @@ def compensate(
     dead = diagonal == 0
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(width)
 
-    h = second_moment[order][:, order]
-    h.diagonal()[dead[order]] = 1.0  # no input ever: its weight is free, so it is stored as zero
-    u, _ = inverse_factor(h, damp)
-    del h
+    u, _ = inverse_factor(_ordered(second_moment, order, dead), damp)
     w = weight.T[order].contiguous()  # (in, out): a column of W is a contiguous row here
     w[dead[order]] = 0.0
     s = scale.float().T[order // per_scale]  # (in, out)
@@ -93,6 +92,13 @@ def compensate(
     back = torch.empty_like(order)
     back[order] = torch.arange(width)
     return QuantizedTensor(codes[back].T.contiguous().to(torch.int8), scale, zero, scheme)
+
+
+def _ordered(second_moment: Tensor, order: Tensor, dead: Tensor) -> Tensor:
+    """Return a copy of ``H`` with rows and columns in ``order``."""
+    h = second_moment[order][:, order]
+    h.diagonal()[dead[order]] = 1.0  # no input ever: its weight is free, and is stored as zero
+    return h
 
 
 @contextmanager
