@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 #: Bytes of hidden states that stay in memory unless told otherwise. A file costs little more: the system caches it.
 HIDDEN_LIMIT = 2**27
 
@@ -50,7 +50,7 @@ class HiddenStates:
         return 0 if self.spilled else self.bytes
 
     def batches(self) -> Iterator[slice]:
-        """Yield slices of windows that hold about 4,096 tokens each."""
+        """Yield slices of windows that hold about 2,048 tokens each."""
         for start in range(0, self.values.shape[0], self.step):
             yield slice(start, min(start + self.step, self.values.shape[0]))
 
