@@ -59,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--work", type=Path, help="keep models and outputs there (default: a temporary folder)"
     )
     parser.add_argument(
-        "--only", nargs="*", default=[], help="run only arms whose name contains one of these"
+        "--only", nargs="*", default=[], help="run only these arms (names, or parts of names)"
     )
 
 
@@ -137,8 +137,9 @@ def compare(ours: Evaluation, theirs: Evaluation, seed: int = 0) -> dict[str, An
 
 
 def pick(arms: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Return the arms whose name contains one of ``wanted``; all if nothing is wanted."""
-    return [arm for arm in arms if not wanted or any(word in arm for word in wanted)]
+    """Return the arms named by ``wanted``, wholly or, where there is no such name, in part; all if it is empty."""
+    matches = {arm for word in wanted for arm in arms if arm == word or (word not in arms and word in arm)}
+    return [arm for arm in arms if not wanted or arm in matches]
 
 
 def kept_folder(work: Path | None) -> AbstractContextManager[str]:
