@@ -91,7 +91,8 @@ def run_arms(
             if repeat and not arm.timed:
                 continue
             out = place["work"] / name.replace(" ", "-").replace(",", "")
-            shutil.rmtree(out, ignore_errors=True)
+            for old in (out, out.with_name(out.name + ".partial")):
+                shutil.rmtree(old, ignore_errors=True)
             measured = measure(
                 command(arm, place, out, setting), threads=setting.threads, log=out.with_suffix(".log")
             )
