@@ -303,8 +303,8 @@ def available_bytes() -> int:
     except ImportError:  # Windows has no such limits
         return room
     # Both limits count what is mapped, touched or not.
-    for kind, field in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+    for kind, counted in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            room = min(room, soft - (status_bytes(field) or 0))
+            room = min(room, soft - (status_bytes(counted) or 0))
     return room
