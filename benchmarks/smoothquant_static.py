@@ -19,8 +19,9 @@ from harness import facts, frugal, measure, table, write_result
 LEAST_GAP_CLOSED = 0.95
 NAIVE, TOKEN = "naive static", "naive per token"
 SMOOTH, EXCEPT = "smoothquant static", "smoothquant static, exceptions per token"
-# The one activation of the default model that smoothing cannot tame: its first token there reaches 3,100.
-EXCEPTIONS = ["*.layers.11.mlp.down_proj"]
+# Inputs that smoothing cannot tame: after it, their static rounding error on the *validation* text was still more
+# than 5 % of the signal. In all of them the first token is tens of times larger than any other (3,100 in block 11).
+EXCEPTIONS = [f"*.layers.{block}.mlp.down_proj" for block in (1, 2, 9, 10, 11, 28)]
 
 
 def arms(exceptions: list[str], alpha: float) -> dict[str, str]:

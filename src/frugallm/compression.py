@@ -295,15 +295,16 @@ def available_bytes() -> int:
     """Return how much memory this process may still take, limits set on it included."""
     import psutil
 
-    from frugallm.evaluate.memory import anonymous_bytes
+    from frugallm.evaluate.memory import status_bytes
 
     room = int(psutil.virtual_memory().available)
     try:
         import resource
     except ImportError:  # Windows has no such limits
         return room
-    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+    # Both limits count what is mapped, touched or not.
+    for kind, counted in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
         soft, _ = resource.getrlimit(kind)
         if soft != resource.RLIM_INFINITY:
-            room = min(room, soft - anonymous_bytes())
+            room = min(room, soft - (status_bytes(counted) or 0))
     return room

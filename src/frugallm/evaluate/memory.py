@@ -13,15 +13,23 @@ from types import TracebackType
 _STATUS = Path("/proc/self/status")
 
 
+def status_bytes(field: str) -> int | None:
+    """Return a field of this process's status in bytes; ``None`` where the system has no such page."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text("ascii", "replace").splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def anonymous_bytes() -> int:
     """Return the anonymous resident memory of this process in bytes.
 
     ``RssAnon`` on Linux; elsewhere the memory unique to the process, as ``psutil`` finds it.
     """
-    if _STATUS.exists():
-        for line in _STATUS.read_text("ascii", "replace").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
+    known = status_bytes("RssAnon")
+    if known is not None:
+        return known
     import psutil
 
     return int(psutil.Process().memory_full_info().uss)

@@ -222,18 +222,23 @@ class Walk:
         return Gather(needs, block.weight(site.name).shape[1])
 
     def _solve_site(self, done: SolvedBlock, site: Site, statistics: Statistics) -> None:
-        """Solve the linears of ``site``; those with one plan are solved as one weight, for rows are independent."""
+        """Solve the linears of ``site``; where statistics are used, those with one plan are solved as one weight.
+
+        Rows are independent of each other, so that changes nothing but the time: one factor serves them all.
+        """
         block = done.block
-        together: dict[tuple[int, Any], list[str]] = {}
+        together: dict[tuple[Any, ...], list[str]] = {}
         plans: dict[str, LinearPlan] = {}
         for path in site.linears:
             plan = self.plan.linears.get(block.full_name(path))
             if plan is not None:
                 plans[path] = plan
-                together.setdefault((id(plan.solver), plan.scheme.weights), []).append(path)
+                alone = path if not plan.solver.solve_needs else ""
+                together.setdefault((id(plan.solver), plan.scheme.weights, alone), []).append(path)
         for paths in together.values():
             plan = plans[paths[0]]
-            weight = torch.cat([block.weight(p) for p in paths])
+            weights = [block.weight(p) for p in paths]
+            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             stored = plan.solver.solve(weight, plan.scheme.weights, statistics)
             start = 0
             for path in paths:
