@@ -67,8 +67,8 @@ def command(arm: Arm, place: dict[str, Path], out: Path, setting: common.Setting
 
 
 def facts_of(arm: Arm, run: Measurement) -> dict[str, Any]:
-    """Return what one process took. Compressing is the walk on our side, ``oneshot`` on the peer's."""
-    stages = ("embedding", "walk") if arm.ours else ("compress",)
+    """Return what one process took. Compressing is the pass over the blocks on our side, ``oneshot`` on the peer's."""
+    stages = ("embedding", "compressing") if arm.ours else ("compress",)
     return {
         "seconds": run.seconds,
         "processor_seconds": run.processor_seconds,

@@ -50,8 +50,8 @@ def weight_only(result: dict[str, Any]) -> list[Row]:
             name,
             arm["evaluation"],
             arm["weights_bytes"],
-            arm["compress_seconds"]["median"],
-            arm["peak_anonymous_compressing"]["max"],
+            arm["seconds"]["median"],
+            arm["peak_anonymous"]["max"],
         )
         for name, arm in result["arms"].items()
     ]
@@ -79,8 +79,8 @@ def table(rows: list[Row], base: float) -> list[str]:
         "KL, nats/token",
         "top-1",
         "weights, MB",
-        "compressing, s",
-        "peak, GiB",
+        "whole run, s",
+        "peak of the whole run, GiB",
     ]
     lines = [["unquantized", f"{base:.2f}", "0", "100 %", "", "", ""]]
     for row in rows:
@@ -134,6 +134,7 @@ def setting(result: dict[str, Any]) -> str:
         f"`{chosen['calibration']}`; measured on the first {chosen['windows']} windows of {chosen['window_length']} "
         f"tokens of `{chosen['evaluation']}` with one evaluator for everybody; {chosen['threads']} threads of "
         f"{facts['machine']['cpu']}; {facts['date'][:10]}, commit {facts['commit'][:10]}."
+        + (f" {chosen['note']}" if "note" in chosen else "")
     )
 
 

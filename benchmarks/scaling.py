@@ -40,7 +40,7 @@ def point(model: Path, out: Path, samples: int, args: argparse.Namespace) -> dic
     ]
     measured = measure(command, threads=args.threads)
     shutil.rmtree(out)
-    return {"process_seconds": measured.seconds, "walk_seconds": measured.stage_seconds("walk")}
+    return {"process_seconds": measured.seconds, "walk_seconds": measured.stage_seconds("compressing")}
 
 
 def fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
