@@ -137,8 +137,8 @@ def results(tmp_path):
     setting = {"model": "m", "samples": 1, "seq_len": 2, "windows": 3, "window_length": 4, "threads": 5}
     setting |= {"calibration": "c.txt", "evaluation": "e.txt"}
     cost = {
-        "compress_seconds": {"median": 7.0},
-        "peak_anonymous_compressing": {"max": 2**30},
+        "seconds": {"median": 7.0},
+        "peak_anonymous": {"max": 2**30},
         "weights_bytes": 10**8,
     }
     ours, theirs = measured(20.0, **cost), measured(21.0, **cost | {"weights_bytes": 2 * 10**8})
