@@ -135,7 +135,7 @@ def measure(
     *,
     threads: int = 2,
     environment: Mapping[str, str] | None = None,
-    data_limit: int | None = None,
+    memory_limit: int | None = None,
     log: Path | None = None,
     check: bool = True,
 ) -> Measurement:
@@ -145,8 +145,9 @@ def measure(
     ----------
     threads
         Computing threads, handed on as ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS``.
-    data_limit
-        ``RLIMIT_DATA`` of the process and each of its children, in bytes: an allocation beyond it fails.
+    memory_limit
+        Bytes that the process and its children may hold together, enforced by a memory control group: what the
+        system cannot reclaim within it (dropping mapped files) ends in a kill.
     log
         File to which everything on standard error that is no event is added as it comes.
     check
@@ -155,6 +156,7 @@ def measure(
     arguments = [str(part) for part in command]
     count = str(threads)
     env = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, **(environment or {})}
+    group = _memory_group(memory_limit) if memory_limit else None
     before = _children_seconds()
     began = time.perf_counter()
     process = subprocess.Popen(
@@ -163,7 +165,7 @@ def measure(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=_limiter(data_limit) if data_limit else None,
+        preexec_fn=(lambda: _enter(group)) if group else None,
     )
     reader = _EventReader(process.stderr, began, log)
     reader.start()
@@ -172,6 +174,8 @@ def measure(
     processor = _children_seconds() - before
     reader.join(timeout=10)
     reader.close(seconds)
+    if group:
+        group.rmdir()
     said = "".join(reader.lines[-200:])
     if check and process.returncode:
         raise SystemExit(f"exit status {process.returncode}: {' '.join(arguments)}\n{said[-4000:]}")
@@ -185,8 +189,21 @@ def _children_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _limiter(limit: int) -> Any:
-    return lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+def _memory_group(limit: int) -> Path:
+    """Make a control group of ``limit`` bytes, of version 2 or 1 as the system has it."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = (root / "memory").is_dir()
+    group = (root / "memory" if version_1 else root) / f"frugallm-{os.getpid()}"
+    try:
+        group.mkdir(exist_ok=True)
+        (group / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(limit))
+    except OSError as error:
+        raise SystemExit(f"no memory control group can be made here ({error}); run as root") from error
+    return group
+
+
+def _enter(group: Path) -> None:
+    (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
 def _sample(process: subprocess.Popen[str], reader: _EventReader) -> tuple[int, int, int]:

@@ -254,7 +254,7 @@ def _carry_out(
     resumed: bool,
     progress: Progress,
 ) -> Report:
-    from frugallm.evaluate.memory import AnonymousPeak
+    from frugallm.evaluate.memory import AnonymousPeak, available_bytes
     from frugallm.job import assemble, compress
     from frugallm.measure import Measured, measure_before_and_after
     from frugallm.report_files import write_report_files
@@ -289,22 +289,3 @@ def _verification_bytes(checkpoint: Checkpoint) -> int:
 
     weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
     return BYTES_PER_WEIGHT_TO_VERIFY * weights
-
-
-def available_bytes() -> int:
-    """Return how much memory this process may still take, limits set on it included."""
-    import psutil
-
-    from frugallm.evaluate.memory import status_bytes
-
-    room = int(psutil.virtual_memory().available)
-    try:
-        import resource
-    except ImportError:  # Windows has no such limits
-        return room
-    # Both limits count what is mapped, touched or not.
-    for kind, counted in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
-        soft, _ = resource.getrlimit(kind)
-        if soft != resource.RLIM_INFINITY:
-            room = min(room, soft - (status_bytes(counted) or 0))
-    return room

@@ -272,8 +272,8 @@ def compress(job: Job, place: Workplace, progress: Progress) -> None:
                 progress.event("stage", text=f"through block {index + 1} as stored")
                 walk.replay(index, stored.block_state(index), stored.input_scale)
             continue
-        done = walk.solve(index)
-        _write_block(job, place, part, done)
+        # Nothing of a block may outlive its turn: a name for it here would hold two blocks in memory.
+        _write_block(job, place, part, walk.solve(index))
         progress.event("block", index=index + 1, of=len(walk))
     if walk.hidden is not None:
         walk.hidden.close()

@@ -9,7 +9,7 @@ import torch
 
 from frugallm.evaluate import memory
 from frugallm.evaluate.machine import machine, versions
-from frugallm.evaluate.memory import AnonymousPeak, anonymous_bytes
+from frugallm.evaluate.memory import AnonymousPeak, _group_room, anonymous_bytes
 from frugallm.evaluate.precision import processor_flags
 from frugallm.evaluate.speed import Rate
 from frugallm.formats.outside import measure_speed
@@ -60,3 +60,30 @@ def test_machine_facts_are_plain_data():
     assert facts["threads"] == torch.get_num_threads() and set(facts["flags"]) <= processor_flags()
     assert json.loads(json.dumps(facts)) == facts
     assert versions()["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("membership", "folder", "limit", "stat", "room"),
+    [
+        (
+            "3:cpuset:/\n4:memory:/a/b\n0::/\n",
+            "memory/a/b",
+            ("memory.limit_in_bytes", "4000"),
+            "total_rss 1500",
+            2500,
+        ),
+        ("4:memory:/on/the/host\n", "memory", ("memory.limit_in_bytes", "4000"), "total_rss 500", 3500),
+        ("4:memory:/\n", "memory", ("memory.limit_in_bytes", "9223372036854771712"), "total_rss 500", None),
+        ("0::/user\n", "user", ("memory.max", "9000"), "anon 1000\nfile 7000", 8000),
+        ("0::/user\n", "user", ("memory.max", "max"), "anon 1000\nfile 7000", None),
+        ("0::/\n", ".", ("cgroup.procs", "1"), "", None),
+    ],
+)
+def test_a_control_group_limits_what_is_available(tmp_path, membership, folder, limit, stat, room):
+    own, group = tmp_path / "cgroup", tmp_path / "fs" / folder
+    own.write_text(membership)
+    group.mkdir(parents=True)
+    (group / limit[0]).write_text(limit[1] + "\n")
+    if stat:
+        (group / "memory.stat").write_text(stat + "\n")
+    assert _group_room(own, tmp_path / "fs") == room

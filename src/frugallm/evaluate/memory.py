@@ -35,6 +35,53 @@ def anonymous_bytes() -> int:
     return int(psutil.Process().memory_full_info().uss)
 
 
+def available_bytes() -> int:
+    """Return how much memory this process may still take, limits set on it or on its control group included."""
+    import psutil
+
+    room = int(psutil.virtual_memory().available)
+    in_group = _group_room(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    if in_group is not None:
+        room = min(room, in_group)
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        return room
+    # Both limits count what is mapped, touched or not.
+    for kind, counted in ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize")):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            room = min(room, soft - (status_bytes(counted) or 0))
+    return room
+
+
+def _group_room(membership: Path, root: Path) -> int | None:
+    """Return what the memory control group (a container's, say) still allows in bytes; ``None`` without a limit.
+
+    What the group holds of files does not count: the system drops it when memory is wanted.
+    """
+    if not membership.exists():
+        return None
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            place, limit, held = root / "memory", "memory.limit_in_bytes", "total_rss"
+        elif not controllers:
+            place, limit, held = root, "memory.max", "anon"
+        else:
+            continue
+        # Inside a container the path is that of the host, and the container's own group lies at the root.
+        for group in (place / path.lstrip("/"), place):
+            if (group / limit).exists() and (group / "memory.stat").exists():
+                allowed = (group / limit).read_text().strip()
+                used = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                # Version 1 says "no limit" as the largest number of whole pages.
+                if allowed != "max" and int(allowed) < 2**62 and held in used:
+                    return int(allowed) - int(used[held])
+                break
+    return None
+
+
 class AnonymousPeak:
     """Watch the anonymous memory of this process while something runs.
 

@@ -72,7 +72,8 @@ class Block:
 
     def round_to(self, dtype: torch.dtype) -> None:
         """Round everything to the type in which what stays uncompressed is stored."""
-        self.state = {name: tensor.to(dtype).float() for name, tensor in self.state.items()}
+        for name, tensor in self.state.items():
+            self.state[name] = tensor.to(dtype).float()
         self.refresh()
 
     def scale_site(self, site: Site, scale: Tensor) -> None:

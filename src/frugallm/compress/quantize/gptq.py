@@ -21,7 +21,7 @@ Weight-only compression to 3 or 4 bits with a little text at hand. At 8 bits rou
 Cost
 ----
 One forward of the calibration windows per block, one ``H`` per site, and ``O(in^3 + out in^2)`` per linear. Workspace:
-28 bytes per entry of the largest ``H``. Wants 24,000 tokens or more: ``H`` has no higher rank than there are tokens.
+18 bytes per entry of the largest ``H``. Wants 24,000 tokens or more: ``H`` has no higher rank than there are tokens.
 
 Differences from the paper
 --------------------------

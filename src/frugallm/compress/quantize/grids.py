@@ -15,6 +15,7 @@ from torch import Tensor
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 
 Search = Literal["minmax", "mse"]
+_ENTRIES_AT_ONCE = 2**19
 
 
 def grouped(weight: Tensor, scheme: WeightScheme) -> Tensor:
@@ -70,7 +71,11 @@ def fit(
         ``scale (out, groups)`` in the stored type and ``zero (out, groups)`` int8 or ``None``.
     """
     if search == "mse":
-        return _search(weight, scheme, importance)
+        # Some rows at a time: what the many candidates leave behind stays in the processor's cache.
+        rows = max(1, _ENTRIES_AT_ONCE // weight.shape[1])
+        found = [_search(piece, scheme, importance) for piece in weight.split(rows)]
+        scales, zeros = zip(*found)
+        return torch.cat(scales), None if zeros[0] is None else torch.cat(zeros)
     if scheme.symmetric:
         return fit_symmetric(weight, scheme), None
     return fit_asymmetric(weight, scheme)
