@@ -81,7 +81,7 @@ class Halves(Careless):
     card: ClassVar[Card] = Careless.card
 
     def rewrite(self, block, statistics):
-        for path in block.family.linears:
+        for path in block.linears:
             block.set_weight(path, block.weight(path) / 2)
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from frugallm.formats import compressed_tensors, folder, shards
 from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor
 from frugallm.formats.stored import Stored
 from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.linears import name_in_files, turned
 from frugallm.progress import Progress
 from frugallm.recipe import Recipe
 from frugallm.walk.hidden import HIDDEN_LIMIT
@@ -321,7 +323,9 @@ def _write_block(job: Job, place: Workplace, part: str, done: SolvedBlock) -> No
             q, scale = done.linears[path], done.input_scales.get(path)
             tensors.update(compressed_tensors.encode_linear(full, q, scheme, scale))
         else:
-            tensors[f"{full}.{leaf}"] = tensor.to(job.stored)
+            stays = f"{full}.{leaf}"
+            turn = turned(job.checkpoint.family, stays, tensor.shape)
+            tensors[stays] = (tensor.T if turn else tensor).to(job.stored)
     facts = {"layers": done.layers, "seconds": done.seconds}
     shards.write_bytes(place.facts(part), json.dumps(facts).encode())
     shards.write_shard(place.shard(part), tensors)
@@ -346,7 +350,9 @@ def assemble(job: Job, place: Workplace) -> None:
     _remove(place.folder)
     place.folder.mkdir()
     parts = [place.shard(name) for name in folder.part_names(job.checkpoint)]
-    shards.merge(parts, place.folder)
+    own = compressed_tensors.quant_method(job.plan) == compressed_tensors.OWN
+    stem = compressed_tensors.OWN if own else "model"
+    shards.merge(parts, place.folder, partial(name_in_files, job.checkpoint.family), stem)
     tied = bool(job.checkpoint.config.tie_word_embeddings)
     quantization = compressed_tensors.quantization_config(job.plan, job.checkpoint.family, tied=tied)
     dtype = str(job.stored).removeprefix("torch.")

@@ -18,6 +18,7 @@ from frugallm.formats import shards
 from frugallm.formats.engines import engines_for, loads_in_transformers
 from frugallm.job import Job, Workplace, layer_facts
 from frugallm.measure import PROMPT, Measured
+from frugallm.models.linears import name_here
 
 if TYPE_CHECKING:
     from frugallm.compression import Clock
@@ -74,9 +75,10 @@ def stored_bytes(job: Job, place: Workplace) -> tuple[dict[str, int], int]:
         done.add(job.checkpoint.family.head)  # a tied head has a scale of its own name
     for path in sorted(place.folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                entry = file.get_tensor(name)
+            for stored in file.keys():  # noqa: SIM118
+                entry = file.get_tensor(stored)
                 size = entry.numel() * entry.element_size()
+                name = name_here(job.checkpoint.family, stored)
                 by_part[_part_of(job, name)] += size
                 if name.rpartition(".")[0] in done and not name.endswith(".bias"):
                     compressed += size

@@ -18,18 +18,15 @@ def first_block(kind, tmp_path):
 
 
 def output(walk, block):
-    x = walk.hidden.values.clone()
-    for sub in walk.family.sublayers:
-        with torch.no_grad():
-            x += walk._run(block, sub, walk._normalized(block, sub, x))
-    return x
+    with torch.no_grad():
+        return walk.calls[block.index](block.module, walk.hidden.values.clone())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("number", range(4))
 def test_a_scaled_site_leaves_the_function_and_changes_the_input(kind, number, tmp_path):
     walk, block = first_block(kind, tmp_path)
-    site = block.family.sites[number]
+    site = block.sites[number]
     before = output(walk, block)
     largest = walk.observe(block, frozenset({"absmax"}))[site.name]["absmax"]
     scale = (
@@ -42,12 +39,12 @@ def test_a_scaled_site_leaves_the_function_and_changes_the_input(kind, number, t
     if site.writer_kind != "heads":
         torch.testing.assert_close(ratio, scale, rtol=1e-4, atol=0)
     else:  # one scale for all query heads of a value head: the geometric mean over them
-        head_dim = block.weight(site.writer).shape[0] // block.kv_heads
-        repeats = block.heads // block.kv_heads
+        head_dim = block.heads.width
+        repeats = block.heads.repeats
         assert repeats > 1
-        heads = ratio.view(block.kv_heads, repeats, head_dim)
+        heads = ratio.view(block.heads.values, repeats, head_dim)
         torch.testing.assert_close(heads, heads[:, :1].expand_as(heads), rtol=1e-4, atol=0)
-        wanted = scale.view(block.kv_heads, repeats, head_dim).log().mean(1).exp()
+        wanted = scale.view(block.heads.values, repeats, head_dim).log().mean(1).exp()
         torch.testing.assert_close(heads[:, 0], wanted, rtol=1e-4, atol=0)
 
 

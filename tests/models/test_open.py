@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_llama import tiny_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from frugallm.errors import ModelError
 from frugallm.models import InMemory, SafetensorsFolder, dense_model, load, open_checkpoint
@@ -118,14 +118,14 @@ def test_model_in_memory_and_its_tokenizer(tiny_folder: Path) -> None:
 
 
 def test_other_architectures_load_but_are_not_compressed(tiny_folder: Path, tmp_path: Path) -> None:
-    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    other = GPT2LMHeadModel(config).eval()
+    config = BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2)
+    other = BloomForCausalLM(config).eval()
     other.save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())
     model, _ = load(tmp_path)
     assert torch.equal(model(IDS).logits, other(IDS).logits)
-    with pytest.raises(ModelError, match="'gpt2' is not supported"):
+    with pytest.raises(ModelError, match="'bloom' is not supported"):
         open_checkpoint(tmp_path)
 
 

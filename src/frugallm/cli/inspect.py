@@ -40,7 +40,7 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
     yield "linears of a block (out, in):"
     first = family.block(0)
     widths = {}
-    for linear in family.linears:
+    for linear in family.linears(checkpoint.config, 0):
         shape = checkpoint.shape(f"{first}.{linear}.weight")
         widths[linear] = shape[1]
         yield f"  {linear:<24}{shape[0]:>7} x {shape[1]}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod, matches
 from frugallm.errors import ParameterError, RecipeError
@@ -13,6 +13,10 @@ from frugallm.method import Method
 
 if TYPE_CHECKING:
     from frugallm.models.checkpoint import Checkpoint
+    from frugallm.models.family import Family
+
+
+Modules = Literal["Linear", "Conv1D", "experts"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Plan:
         Full names of block linears that no step stores.
     notes
         What the run should say about choices it made.
+    modules
+        What the compressed linears are in ``transformers``: linears, GPT-2's turned ones, or among them fused experts.
     """
 
     rewrites: tuple[BlockMethod, ...]
@@ -54,6 +60,7 @@ class Plan:
     tables: dict[str, TablePlan]
     left_alone: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
+    modules: Modules = "Linear"
 
 
 def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
@@ -74,7 +81,7 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
     names = [
         f"{family.block(i)}.{linear}"
         for i in range(checkpoint.config.num_hidden_layers)
-        for linear in family.linears
+        for linear in family.linears(checkpoint.config, i)
     ]
     widths = {name: checkpoint.shape(f"{name}.weight")[1] for name in names}
     blocks = [s for s in steps if isinstance(s, BlockMethod)]
@@ -93,7 +100,14 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         notes.append(f"left in 16 bits: {shown}")
     rewrites = tuple(s for s in blocks if s.rewrites)
-    return Plan(rewrites, linears, plan_tables, left, tuple(notes))
+    return Plan(rewrites, linears, plan_tables, left, tuple(notes), _modules(linears, family))
+
+
+def _modules(linears: Iterable[str], family: Family) -> Modules:
+    if family.transposed and linears:
+        return "Conv1D"
+    experts = family.experts is not None and any(f".{family.experts.path}." in name for name in linears)
+    return "experts" if experts else "Linear"
 
 
 def _check_patterns(step: BlockMethod, names: list[str]) -> None:

@@ -25,7 +25,7 @@ from frugallm.progress import Progress
 from frugallm.recipe import Recipe
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaForCausalLM, PretrainedConfig
 
 Kind = Literal["tied", "untied"]
 KINDS: tuple[Kind, ...] = ("tied", "untied")
@@ -57,20 +57,26 @@ WINDOWS = (6, 48)
 
 def random_model(kind: Kind, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """Return a random model with uneven channels, gains away from one and biases away from zero."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(num_hidden_layers=BLOCKS, max_position_embeddings=128, dtype=dtype, **SHAPES[kind])
+    return randomized(config, seed=KINDS.index(kind)).to(dtype)
+
+
+def randomized(config: PretrainedConfig, seed: int) -> Any:
+    """Return a float32 model of any family with uneven channels, gains away from one and biases away from zero."""
+    from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(KINDS.index(kind))
-        config = LlamaConfig(
-            num_hidden_layers=BLOCKS, max_position_embeddings=128, dtype=dtype, **SHAPES[kind]
-        )
-        model = LlamaForCausalLM(config).eval().requires_grad_(False)
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(0.3 * torch.randn_like(parameter))
             else:
-                parameter.copy_(torch.randn_like(parameter) * (0.5 + torch.rand(parameter.shape[1])) * 0.15)
-    return model.to(dtype)
+                spread = 0.5 + torch.rand(parameter.shape[-1])
+                parameter.copy_(torch.randn_like(parameter) * spread * 0.15)
+    return model
 
 
 @cache
@@ -117,7 +123,8 @@ class Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all stored tensors by name."""
-        return shards.read_shard(self.folder / "model.safetensors")
+        (file,) = self.folder.glob("*.safetensors")
+        return shards.read_shard(file)
 
 
 def carry_out(job: Job, out: Path, progress: Progress | None = None, *, resume: bool = False) -> Run:

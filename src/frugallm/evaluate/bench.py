@@ -107,7 +107,10 @@ class Bench:
     def widths(self) -> dict[str, int]:
         """Input width of every linear of a block, by its path inside the block."""
         family = self.checkpoint.family
-        return {p: self.checkpoint.shape(f"{family.block(0)}.{p}.weight")[1] for p in family.linears}
+        return {
+            p: self.checkpoint.shape(f"{family.block(0)}.{p}.weight")[1]
+            for p in family.linears(self.checkpoint.config, 0)
+        }
 
     def evaluate(self, *steps: Method) -> Evaluation:
         """Compress the model with these steps, and evaluate the resulting folder against the original."""

@@ -30,6 +30,9 @@ from frugallm.compress.plan import Plan
 from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.models.family import Family
 
+#: Name of our own container, as quantization method and as stem of its files.
+OWN = "frugallm"
+
 
 def container(scheme: LinearScheme, *, table: bool = False) -> str:
     """Return the name of the container for one linear, or for an embedding or head."""
@@ -122,6 +125,16 @@ def _group(scheme: LinearScheme, targets: list[str], *, table: bool = False) -> 
     }
 
 
+def quant_method(plan: Plan) -> str:
+    """Return whose format a folder is in: compressed-tensors, or our own container of the same tensors.
+
+    What ``transformers`` keeps as ``Conv1D`` or as fused experts compressed-tensors does not reach: plain ``transformers``
+    would fill those weights with random numbers and only warn. Our container lies in files of another name
+    (``frugallm.safetensors``), so that no engine takes it for something it can load; :func:`frugallm.load` does.
+    """
+    return "compressed-tensors" if plan.modules == "Linear" else OWN
+
+
 def quantization_config(plan: Plan, family: Family, *, tied: bool) -> dict[str, Any] | None:
     """Return the ``quantization_config`` of ``config.json``, or ``None`` when nothing is quantized.
 
@@ -153,7 +166,7 @@ def quantization_config(plan: Plan, family: Family, *, tied: bool) -> dict[str, 
         return None
     formats = {g["format"] for g in groups}
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": quant_method(plan),
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "ignore": ignore,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -18,9 +19,11 @@ from frugallm.errors import ModelError
 from frugallm.formats import compressed_tensors
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, WeightScheme
 from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.linears import turned
 from frugallm.models.safetensors_folder import (
     SafetensorsFolder,
     load_tokenizer,
+    names_in_files,
     open_safetensors,
     parse_config,
     read_config,
@@ -28,7 +31,6 @@ from frugallm.models.safetensors_folder import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 #: Tensors that stand in the place of a weight, by the end of their names.
@@ -50,11 +52,14 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
 def only_read_here(folder: Path) -> bool:
     """Whether ``folder`` is a result of ``frugal run`` that plain ``transformers`` does not load.
 
-    Those are zero points, and an embedding in packed codes (``engines.yaml``).
+    Those are our own container, zero points, and an embedding in packed codes (``engines.yaml``).
     """
+    quantization = read_config(folder).get("quantization_config") or {}
+    if quantization.get("quant_method") == compressed_tensors.OWN:
+        return True
     if not (folder / "manifest.json").is_file():
         return False
-    groups = (read_config(folder).get("quantization_config") or {}).get("config_groups", {}).values()
+    groups = quantization.get("config_groups", {}).values()
     packed_table = any(
         g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
     )
@@ -99,14 +104,16 @@ class Decoded(Checkpoint):
         self._base = SafetensorsFolder(folder)
         raw = read_config(folder)
         quantization = raw.pop("quantization_config", {})
-        if quantization.get("quant_method") != "compressed-tensors":
-            raise ModelError(f"{folder} is not compressed in the compressed-tensors format")
+        if quantization.get("quant_method") not in ("compressed-tensors", compressed_tensors.OWN):
+            raise ModelError(f"{folder} is not compressed in the compressed-tensors format or our own")
         self.config = parse_config(raw, folder / "config.json")
         self.dtype = str(raw["dtype"])
         self.family = self._base.family
         self._groups = [(g["targets"], scheme_of(g)) for g in quantization["config_groups"].values()]
         self._files = {file: open_safetensors(folder / file) for file in weight_files(folder)}
-        self._holder = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+        holder = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+        self._stored_as = names_in_files(self.family, holder)
+        self._holder = {name: holder[there] for name, there in self._stored_as.items()}
 
     def scheme(self, path: str) -> LinearScheme | None:
         """Return how the linear or table of that name is stored; ``None``: as it is."""
@@ -147,7 +154,9 @@ class Decoded(Checkpoint):
             return tuple(self._stored(f"{path}.weight_shape").tolist())
         if name not in self._holder:
             raise ModelError(f"{self.name}: there is no tensor '{name}'")
-        return tuple(self._files[self._holder[name]].get_slice(name).get_shape())
+        shape = tuple(self._files[self._holder[name]].get_slice(self._stored_as[name]).get_shape())
+        as_is = self.scheme(path) is None
+        return shape[::-1] if as_is and turned(self.family, name, shape) else shape
 
     def where(self, name: str) -> str:  # noqa: D102
         packed = name.removesuffix(".weight") + ".weight_packed"
@@ -169,7 +178,7 @@ class Decoded(Checkpoint):
 
     def _stored(self, name: str) -> Tensor:
         try:
-            return self._files[self._holder[name]].get_tensor(name)
+            return self._files[self._holder[name]].get_tensor(self._stored_as[name])
         except SafetensorError as error:
             raise ModelError(f"{self.where(name)}: {name} cannot be read ({error})") from error
 
@@ -177,7 +186,9 @@ class Decoded(Checkpoint):
         path = name.removesuffix(".weight")
         scheme = self.scheme(path) if name != path else None
         if scheme is None:
-            return self._stored(name)[start:stop].clone()
+            tensor = self._stored(name)
+            tensor = tensor.T if turned(self.family, name, tensor.shape) else tensor
+            return tensor[start:stop].clone(memory_format=torch.contiguous_format)
         tensors = {n: self._stored(n) for part in PARTS if (n := f"{path}.{part}") in self._holder}
         table = path in (self.family.embedding, self.family.head)
         return compressed_tensors.decode_linear(path, tensors, scheme, table=table).dequantize()[start:stop]

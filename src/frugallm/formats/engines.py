@@ -10,7 +10,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from frugallm.compress.plan import Plan
+from frugallm.compress.plan import Modules, Plan
 
 Inputs = Literal["none", "token", "static"]
 Grid = Literal["symmetric", "asymmetric"]
@@ -28,6 +28,7 @@ class Support(BaseModel):
     inputs: tuple[Inputs, ...]
     tables: tuple[int, ...]
     grids: tuple[Grid, ...] = ("symmetric", "asymmetric")
+    modules: tuple[Modules, ...] = ("Linear",)
     seen: Literal["tested", "documented", "no"]
     note: str = ""
 
@@ -67,7 +68,11 @@ def loads(row: Support, weights: Iterable[int], inputs: Iterable[Inputs], tables
 def engines_for(plan: Plan) -> list[Support]:
     """Return the rows that say something about results of this plan, engines that refuse it included."""
     weights, inputs, tables = schemes(plan)
-    rows = [r for r in table() if loads(r, weights, inputs, tables) and grids(plan) <= set(r.grids)]
+    rows = [
+        r
+        for r in table()
+        if loads(r, weights, inputs, tables) and grids(plan) <= set(r.grids) and plan.modules in r.modules
+    ]
     known = {(r.engine, r.device) for r in rows}
     refusals = [r for r in table() if r.seen == "no" and not r.weights and (r.engine, r.device) not in known]
     return rows + refusals

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from frugallm.formats import shards
 from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.linears import to_files
 
 #: Called with a tensor's full name and value; returns what is stored in its place.
 Encode = Callable[[str, Tensor], Mapping[str, Tensor]]
@@ -52,9 +53,9 @@ def write_dense(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> Non
     shards.write_shard(folder / "embedding.part", {embedding: checkpoint.tensor(embedding).to(dtype)})
     for i in range(checkpoint.config.num_hidden_layers):
         state = {f"{family.block(i)}.{k}": v.to(dtype) for k, v in checkpoint.block_state(i).items()}
-        shards.write_shard(folder / f"block-{i:05d}.part", state)
+        shards.write_shard(folder / f"block-{i:05d}.part", to_files(family, state))
     rest = {n: checkpoint.tensor(n).to(dtype) for n in final_names(checkpoint)}
-    shards.write_shard(folder / "final.part", rest)
+    shards.write_shard(folder / "final.part", to_files(family, rest))
     parts = [folder / f"{name}.part" for name in part_names(checkpoint)]
     shards.merge(parts, folder)
     for part in parts:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -64,8 +64,10 @@ def _header(path: Path) -> tuple[dict[str, dict], int]:
     return header, 8 + size
 
 
-def merge(shards: Sequence[Path], folder: Path) -> None:
-    """Join shards, in order, into ``model.safetensors``, or into numbered files of at most 5 GB with an index.
+def merge(
+    shards: Sequence[Path], folder: Path, rename: Callable[[str], str] = str, stem: str = "model"
+) -> None:
+    """Join shards, in order, into ``STEM.safetensors``, or into numbered files of at most 5 GB with an index.
 
     The bytes of the tensors are copied as they are, in pieces, so memory does not grow with the files.
     """
@@ -82,17 +84,19 @@ def merge(shards: Sequence[Path], folder: Path) -> None:
     total = 0
     for number, part in enumerate(parts, 1):
         name = (
-            "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+            f"{stem}.safetensors"
+            if len(parts) == 1
+            else f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors"
         )
-        names, data = _join(part, folder / name)
+        names, data = _join(part, folder / name, rename)
         weight_map.update(dict.fromkeys(names, name))
         total += data
     if len(parts) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_bytes(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+        write_bytes(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2).encode())
 
 
-def _join(shards: Sequence[Path], target: Path) -> tuple[list[str], int]:
+def _join(shards: Sequence[Path], target: Path, rename: Callable[[str], str]) -> tuple[list[str], int]:
     header: dict[str, dict] = {}
     offset = 0
     for shard in shards:
@@ -100,7 +104,7 @@ def _join(shards: Sequence[Path], target: Path) -> tuple[list[str], int]:
         end = 0
         for name, entry in entries.items():
             first, last = entry["data_offsets"]
-            header[name] = {**entry, "data_offsets": [offset + first, offset + last]}
+            header[rename(name)] = {**entry, "data_offsets": [offset + first, offset + last]}
             end = max(end, last)
         offset += end
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()

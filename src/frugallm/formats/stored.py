@@ -14,6 +14,7 @@ from frugallm.compress.plan import Plan
 from frugallm.formats import compressed_tensors
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme
 from frugallm.models.checkpoint import Checkpoint
+from frugallm.models.linears import turned
 from frugallm.models.open import dense_model
 from frugallm.walk.walk import round_activations
 
@@ -75,7 +76,9 @@ class Stored(Checkpoint):
         linear, table = self.plan.linears.get(path), self.plan.tables.get(path)
         with safe_open(self.part(name), "pt") as file:
             if not name.endswith(".weight") or (linear is None and table is None):
-                return file.get_tensor(name)[start:stop].float()
+                tensor = file.get_tensor(name)
+                tensor = tensor.T if turned(self.family, name, tensor.shape) else tensor
+                return tensor[start:stop].float()
             tensors = {k: file.get_tensor(k) for k in file.keys() if k.startswith(f"{path}.")}  # noqa: SIM118
         if table is not None:
             q = compressed_tensors.decode_linear(

@@ -19,13 +19,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from frugallm.errors import ModelError
-from frugallm.models.family import Family
+from frugallm.models.family import Family, Heads
+from frugallm.models.linears import linear_shapes
 
 SHOWN = 3  # how many offending tensors an error names
 
 
 class Checkpoint(ABC):
-    """Weights of one model under their ``transformers`` names, with what belongs to them.
+    """Weights of one model under their ``transformers`` names, every linear apart, with what belongs to them.
 
     Attributes
     ----------
@@ -132,9 +133,11 @@ class Checkpoint(ABC):
                 f"holds {blocks} blocks, {self.config_source} says {self.config.num_hidden_layers}",
                 self.names(),
             )
-        heads, groups = self.config.num_attention_heads, self.config.num_key_value_heads
-        if groups < 1 or heads % groups:
-            raise self._misfit(f"{self.config_source} shares {groups} key heads between {heads} heads", [])
+        heads = Heads.of(self.config)
+        if heads.values < 1 or heads.query % heads.values:
+            raise self._misfit(
+                f"{self.config_source} shares {heads.values} key heads between {heads.query} heads", []
+            )
         expected = self.expected_shapes()
         names = set(self.names())
         missing = sorted(expected.keys() - names)
@@ -159,7 +162,7 @@ class Checkpoint(ABC):
         state = meta_model(self).state_dict()
         if self.config.tie_word_embeddings:
             state.pop(f"{self.family.head}.weight", None)
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+        return linear_shapes(self.family, {name: tuple(tensor.shape) for name, tensor in state.items()})
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if tensor.numel():
@@ -181,14 +184,18 @@ class Checkpoint(ABC):
 
 
 def meta_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Any:
-    """Build the ``transformers`` model that a checkpoint's configuration describes, without its weights."""
+    """Build the ``transformers`` model that a checkpoint's configuration describes, without its weights.
+
+    Parameters are on the meta device; buffers (rotary frequencies, scales of embeddings) have their values.
+    """
     import copy
 
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(checkpoint.config)
     try:
-        with torch.device("meta"):
+        with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
     except (
         RuntimeError,

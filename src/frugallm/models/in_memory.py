@@ -13,6 +13,7 @@ from frugallm.errors import ModelError
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.family import family_of
 from frugallm.models.gguf_tokenizer import tokenizer_files
+from frugallm.models.linears import from_plain, linear_shapes
 
 
 class InMemory(Checkpoint):
@@ -36,16 +37,19 @@ class InMemory(Checkpoint):
             raise ModelError(f"{self.name} is already compressed", "Start from the original model")
         self._tokenizer = tokenizer
         self._generation = model.generation_config
-        tied = f"{self.family.head}.weight" if model.config.tie_word_embeddings else None
-        self._state = {name: tensor for name, tensor in model.state_dict().items() if name != tied}
+        self._state = model.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+        if model.config.tie_word_embeddings:
+            shapes.pop(f"{self.family.head}.weight", None)
+        self._shapes = linear_shapes(self.family, shapes)
 
     def names(self) -> list[str]:  # noqa: D102
-        return sorted(self._state)
+        return sorted(self._shapes)
 
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        if name not in self._state:
+        if name not in self._shapes:
             raise ModelError(f"{self.name}: there is no tensor '{name}'")
-        return tuple(self._state[name].shape)
+        return self._shapes[name]
 
     def digest(self) -> str:  # noqa: D102
         return self._digest
@@ -54,9 +58,9 @@ class InMemory(Checkpoint):
     def _digest(self) -> str:
         total = hashlib.sha256()
         for name in self.names():
-            tensor = self._state[name].detach().cpu().contiguous()
+            tensor = from_plain(self.family, name, self._state).detach().cpu().contiguous()
             total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            total.update(tensor.view(-1).view(torch.uint8).numpy())
+            total.update(tensor.view(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
     def companions(self) -> dict[str, bytes]:  # noqa: D102
@@ -66,7 +70,8 @@ class InMemory(Checkpoint):
         return files
 
     def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
-        return self._state[name].detach()[start:stop].to("cpu", copy=True)
+        tensor = from_plain(self.family, name, self._state).detach()[start:stop]
+        return tensor.to("cpu", copy=True).contiguous()
 
     def _load_tokenizer(self) -> Any:
         if self._tokenizer is None:

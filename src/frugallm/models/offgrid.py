@@ -17,7 +17,7 @@ from torch import Tensor
 
 from frugallm.compress.quantize.transforms import repeat_over_group, scale_columns, scale_rows
 from frugallm.models.checkpoint import Checkpoint
-from frugallm.models.family import Site
+from frugallm.models.family import Heads, Site, writing_rows
 
 WIDEST = 2.0  # scales lie in [1 / WIDEST, WIDEST]
 
@@ -40,6 +40,7 @@ class Offgrid(Checkpoint):
         self.config_source = base.config_source
         self._base = base
         self._seed = seed
+        self._heads = Heads.of(base.config)
         self._in_block = re.compile(re.escape(self.family.blocks) + r"\.(\d+)\.(.+)\.(weight|bias)")
 
     def names(self) -> list[str]:  # noqa: D102
@@ -74,30 +75,38 @@ class Offgrid(Checkpoint):
             return self._base._read(name, start, stop)
         index, module, kind = int(match[1]), match[2], match[3]
         tensor = self._base.tensor(name).float()
-        for site in self.family.sites:
-            if module in site.linears and kind == "weight":
+        for site in self.family.sites(self.config, index):
+            if module in (*site.linears, *site.others) and kind == "weight" and site.writer is not None:
                 tensor = scale_columns(tensor, self._reads(site, index))
             if module == site.writer:
-                tensor = (
-                    torch.ones_like(tensor)
-                    if site.writer_kind == "norm"
-                    else scale_rows(tensor, self._scale(site, index))
-                )
+                tensor = self._written(site, index, tensor, kind)
         return tensor[start:stop].clone()
+
+    def _written(self, site: Site, index: int, tensor: Tensor, kind: str) -> Tensor:
+        """Return what is left of a norm's gain or bias, or the rows of a linear or its bias divided by the scale."""
+        if site.writer_kind != "norm":
+            rows = writing_rows(site, tensor.shape[0], self._heads)
+            tensor = tensor.clone()
+            tensor[rows] = scale_rows(tensor[rows], self._scale(site, index))
+            return tensor
+        if kind == "bias":
+            return scale_rows(tensor, self._reads(site, index))
+        return torch.full_like(tensor, 1.0 - self.family.gain_offset)
 
     def _reads(self, site: Site, index: int) -> Tensor:
         """Return what the columns of a site's linears are multiplied by, ``(in,)``."""
         if site.writer_kind == "norm":
-            return self._base.tensor(f"{self.family.block(index)}.{site.writer}.weight").float()
+            gain = self._base.tensor(f"{self.family.block(index)}.{site.writer}.weight").float()
+            return gain + self.family.gain_offset
         scale = self._scale(site, index)
         if site.writer_kind == "heads":
-            repeats = self.config.num_attention_heads // self.config.num_key_value_heads
-            return repeat_over_group(scale, self.config.head_dim, repeats)
+            return repeat_over_group(scale, self._heads.width, self._heads.repeats)
         return scale
 
     def _scale(self, site: Site, index: int) -> Tensor:
-        """Draw the scale of a writing linear's rows, log-uniform, equal whenever it is asked for."""
+        """Draw the scale of a writer's rows, log-uniform, equal whenever it is asked for."""
         rows = self.shape(f"{self.family.block(index)}.{site.writer}.weight")[0]
+        rows = len(writing_rows(site, rows, self._heads))
         place = hashlib.sha256(f"{self._seed} {index} {site.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(place[:7], "big"))
         return torch.exp((torch.rand(rows, generator=generator) * 2 - 1) * math.log(WIDEST))

@@ -17,6 +17,7 @@ from frugallm.models.checkpoint import Checkpoint, meta_model
 from frugallm.models.default_model import locate
 from frugallm.models.gguf_file import GGUFFile
 from frugallm.models.in_memory import InMemory
+from frugallm.models.linears import to_plain
 from frugallm.models.offgrid import Offgrid
 from frugallm.models.safetensors_folder import (
     SafetensorsFolder,
@@ -112,15 +113,11 @@ def load(model: Source, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedM
 def dense_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Fill a plain ``transformers`` model from a checkpoint: for use, without gradients."""
     model = meta_model(checkpoint, dtype)
-    state = {name: checkpoint.tensor(name).to(dtype) for name in checkpoint.names()}
+    state = to_plain(checkpoint.family, checkpoint.names(), lambda name: checkpoint.tensor(name).to(dtype))
     model.load_state_dict(
         state, strict=False, assign=True
     )  # names were checked against the same configuration
     model.tie_weights()
-    # Rotary frequencies are no part of a state dict: built again, as on the meta device they have no values.
-    path, _, leaf = checkpoint.family.rotary.rpartition(".")
-    rotary = type(model.get_submodule(checkpoint.family.rotary))
-    setattr(model.get_submodule(path), leaf, rotary(config=model.config))
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         raise ModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,17 @@ from transformers import PretrainedConfig
 
 from frugallm.errors import ModelError
 from frugallm.models.checkpoint import Checkpoint
-from frugallm.models.family import family_of
+from frugallm.models.family import Family, family_of
+from frugallm.models.linears import name_here, turned
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+#: Files of our own container, which no other program should take for a plain model.
+OWN_SINGLE, OWN_INDEX = "frugallm.safetensors", "frugallm.safetensors.index.json"
 FLOATS = ("F16", "BF16", "F32", "F64")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+# Frequencies and causal masks that old files carry.
+BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.(attn|attention)\.(bias|masked_bias)$")
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -57,13 +63,11 @@ class SafetensorsFolder(Checkpoint):
         except ModelError as error:
             raise ModelError(f"{self.path}: {error.message}", error.hint) from error
         self._files = {file: open_safetensors(self.path / file) for file in weight_files(self.path)}
-        self._holder = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
-        check_index(self.path, self._holder)
-        self._shapes = {
-            name: tuple(self._files[file].get_slice(name).get_shape())
-            for name, file in self._holder.items()
-            if not name.endswith("rotary_emb.inv_freq")  # old exports carry this buffer; it is recomputed
-        }
+        holder = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
+        check_index(self.path, holder)
+        self._stored_as = names_in_files(self.family, holder)
+        self._holder = {name: holder[stored] for name, stored in self._stored_as.items()}
+        self._shapes = {name: self._oriented(name, self._slice(name).get_shape()) for name in self._holder}
 
     @property
     def _head(self) -> str:
@@ -94,8 +98,7 @@ class SafetensorsFolder(Checkpoint):
         embedding = f"{self.family.embedding}.weight"
         if self.config.tie_word_embeddings and self._head in self._shapes:
             same = self._shapes[self._head] == self._shapes[embedding] and torch.equal(
-                self._files[self._holder[self._head]].get_tensor(self._head),
-                self._files[self._holder[embedding]].get_tensor(embedding),
+                self._slice(self._head)[:], self._slice(embedding)[:]
             )
             if not same:
                 raise ModelError(
@@ -127,19 +130,25 @@ class SafetensorsFolder(Checkpoint):
         return {"name": self.path.resolve().name} | ({"license": license[1]} if license else {})
 
     def _slice(self, name: str) -> Any:
-        return self._files[self._holder[name]].get_slice(name)
+        return self._files[self._holder[name]].get_slice(self._stored_as[name])
+
+    def _oriented(self, name: str, shape: list[int]) -> tuple[int, ...]:
+        return tuple(reversed(shape)) if turned(self.family, name, tuple(shape)) else tuple(shape)
 
     def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
         self._refuse_compressed()
         try:
+            turn = turned(self.family, name, self._shapes[name])
             if start is None:
-                stored = self._files[self._holder[name]].get_tensor(name)
+                stored = self._files[self._holder[name]].get_tensor(self._stored_as[name])
             else:
-                stored = self._slice(name)[start:stop]
+                stored = self._slice(name)[:, start:stop] if turn else self._slice(name)[start:stop]
+            stored = stored.T if turn else stored
         except SafetensorError as error:
             raise ModelError(f"{self.where(name)}: {name} cannot be read ({error})") from error
         # The handle gives out its own mapped memory; a copy keeps later changes out of the next read.
-        return stored.float() if stored.dtype is torch.float64 else stored.clone()
+        stored = stored.float() if stored.dtype is torch.float64 else stored
+        return stored.clone(memory_format=torch.contiguous_format)
 
     def _load_tokenizer(self) -> Any:
         return load_tokenizer(self.path)
@@ -150,6 +159,19 @@ class SafetensorsFolder(Checkpoint):
                 f"{self.path} is already compressed (quantization_config in config.json)",
                 "Start from the original model",
             )
+
+
+def names_in_files(family: Family, stored: Iterable[str]) -> dict[str, str]:
+    """Return how each tensor is called in files, by its name here.
+
+    Files of some publishers leave the model's own name out (``h.0.attn.c_attn.weight``), use other names for experts, and
+    carry buffers that are computed anew.
+    """
+    known = {name_here(family, name): name for name in stored if not BUFFERS.search(name)}
+    base, head = f"{family.base}.", f"{family.head}."
+    if any(name.startswith(base) for name in known):
+        return known
+    return {name if name.startswith(head) else f"{base}{name}": there for name, there in known.items()}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -199,13 +221,15 @@ def parse_config(raw: dict[str, Any], path: Path) -> PretrainedConfig:
 
 def weight_files(folder: Path) -> list[str]:
     """Return the names of a folder's safetensors files: the single one, or those the index lists."""
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    if (folder / INDEX).is_file():
-        files = sorted(set(_weight_map(folder).values()))
+    for single in (SINGLE, OWN_SINGLE):
+        if (folder / single).is_file():
+            return [single]
+    index = _index(folder)
+    if index is not None:
+        files = sorted(set(_weight_map(index).values()))
         for file in files:
             if not (folder / file).is_file():
-                raise ModelError(f"{folder / INDEX} lists {file}, which is missing", "Fetch the model again")
+                raise ModelError(f"{index} lists {file}, which is missing", "Fetch the model again")
         return files
     if any(any(folder.glob(pattern)) for pattern in PICKLES):
         raise ModelError(
@@ -215,26 +239,32 @@ def weight_files(folder: Path) -> list[str]:
     raise ModelError(f"{folder} has neither {SINGLE} nor {INDEX}", "Give a folder with safetensors weights")
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    listed = read_json(folder / INDEX).get("weight_map")
+def _index(folder: Path) -> Path | None:
+    found = [folder / index for index in (INDEX, OWN_INDEX) if (folder / index).is_file()]
+    return found[0] if found else None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    listed = read_json(index).get("weight_map")
     listed = listed if isinstance(listed, dict) else {}
     names = list(listed.values())
     # An index names files beside itself; anything else could reach out of the folder.
     if not names or not all(
         isinstance(n, str) and n.endswith(".safetensors") and Path(n).name == n for n in names
     ):
-        raise ModelError(f"{folder / INDEX} has no usable weight_map", "Fetch the model again")
+        raise ModelError(f"{index} has no usable weight_map", "Fetch the model again")
     return listed
 
 
 def check_index(folder: Path, holder: dict[str, str]) -> None:
     """Check that tensors lie in the files where the index, if there is one, says they do."""
-    if SINGLE in holder.values() or not (folder / INDEX).is_file():
+    index = _index(folder)
+    if index is None or {SINGLE, OWN_SINGLE} & set(holder.values()):
         return
-    for name, file in _weight_map(folder).items():
+    for name, file in _weight_map(index).items():
         if holder.get(name) != file:
             raise ModelError(
-                f"{folder / file} lacks {name}, which {INDEX} lists there", "Fetch the model again"
+                f"{folder / file} lacks {name}, which {index.name} lists there", "Fetch the model again"
             )
 
 

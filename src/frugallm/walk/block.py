@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from frugallm.compress.quantize import transforms
-from frugallm.models.family import Family, Site
+from frugallm.models.family import Family, Heads, Site, writing_rows
+from frugallm.models.linears import linearize
 
 
 class Block:
@@ -23,8 +25,8 @@ class Block:
         Tensors by name inside the block (``self_attn.q_proj.weight``).
     family, index
         Which block of what.
-    heads, kv_heads
-        Query heads and key/value heads.
+    config
+        The model's configuration.
     fast
         Type in which products are computed; everything that is not the weight of a linear stays float32.
     """
@@ -35,16 +37,25 @@ class Block:
         state: Mapping[str, Tensor],
         family: Family,
         index: int,
-        heads: int,
-        kv_heads: int,
+        config: PretrainedConfig,
         fast: torch.dtype,
     ) -> None:
         self.family, self.index, self.fast = family, index, fast
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads = Heads.of(config)
+        self.graph = family.graph(config, index)
         self.state = {name: tensor.float() for name, tensor in state.items()}
-        self.module = copy.deepcopy(skeleton).eval().requires_grad_(False)
-        self.module.to_empty(device="cpu")
+        self.module = linearize(copy.deepcopy(skeleton), family).eval().requires_grad_(False)
         self.refresh()
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """All sites in the order in which they are computed."""
+        return tuple(site for sublayer in self.graph for site in sublayer.sites)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Paths of all linears in the order in which they are computed."""
+        return tuple(linear for site in self.sites for linear in site.linears)
 
     def full_name(self, path: str) -> str:
         """Return the name of a linear or tensor of this block in the whole model."""
@@ -80,17 +91,26 @@ class Block:
         """Divide the inputs of ``site`` by ``scale`` ``(in,)`` without changing the block's function.
 
         Where the writer is a value projection, the scale is first made equal over each query group.
+
+        Raises
+        ------
+        ValueError
+            If nothing writes the site's input that could absorb a scale.
         """
+        if site.writer is None:
+            raise ValueError(f"nothing can absorb a scale on the input of {site.name}")
         written = scale
         if site.writer_kind == "heads":
-            head_dim = self.weight(site.writer).shape[0] // self.kv_heads
-            repeats = self.heads // self.kv_heads
-            written = transforms.tie_over_group(scale, head_dim, repeats)
-            scale = transforms.repeat_over_group(written, head_dim, repeats)
+            written = transforms.tie_over_group(scale, self.heads.width, self.heads.repeats)
+            scale = transforms.repeat_over_group(written, self.heads.width, self.heads.repeats)
+        offset = self.family.gain_offset if site.writer_kind == "norm" else 0.0
         for leaf in ("weight", "bias"):
             name = f"{site.writer}.{leaf}"
             if name in self.state:
-                self.state[name] = transforms.scale_rows(self.state[name], written)
-        for path in site.linears:
+                tensor, plus = self.state[name].clone(), offset if leaf == "weight" else 0.0
+                rows = writing_rows(site, tensor.shape[0], self.heads)
+                tensor[rows] = transforms.scale_rows(tensor[rows] + plus, written) - plus
+                self.state[name] = tensor
+        for path in (*site.linears, *site.others):
             self.state[f"{path}.weight"] = transforms.scale_columns(self.weight(path), scale)
         self.refresh()

@@ -67,7 +67,13 @@ class SecondMoment:
         self.tokens += x.shape[0]
 
     def value(self) -> Tensor:
-        """Return the second moment ``(in, in)``, symmetric to the last bit; called once."""
+        """Return the second moment ``(in, in)``, symmetric to the last bit; called once.
+
+        Where no token ever came (an expert that was never chosen) it is the identity: nothing is known, so every input
+        counts alike.
+        """
+        if not self.tokens:
+            return self.total.fill_diagonal_(1.0)
         self.total.triu_()
         self.total += self.total.triu(1).T
         return self.total.div_(max(self.tokens, 1))  # the one large tensor, not a copy of it

@@ -15,19 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from frugallm.compress.plan import LinearPlan, Plan
 from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.compress.quantize.solvers import proxy_loss
+from frugallm.errors import DataError
 from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor
 from frugallm.models.checkpoint import Checkpoint, meta_model
-from frugallm.models.family import Site, Sublayer
+from frugallm.models.family import Site, Sublayer, parallel
 from frugallm.walk.block import Block
+from frugallm.walk.forward import Call, Entrance, input_of, replaced, watched
 from frugallm.walk.hidden import HIDDEN_LIMIT, HiddenStates
 from frugallm.walk.statistics import Gather, Statistics
 
 ROWS_PER_CHUNK = 8192
+ENTRIES_SOLVED_AT_ONCE = 2**26
 
 
 def round_activations(x: Tensor, scheme: ActivationScheme, scale: Tensor | None) -> Tensor:
@@ -45,6 +48,20 @@ def round_activations(x: Tensor, scheme: ActivationScheme, scale: Tensor | None)
 def static_scale(absmax: Tensor, scheme: ActivationScheme) -> Tensor:
     """Return the one scale ``(1,)`` float32 of a static input with channel maxima ``absmax (in,)``."""
     return (absmax.max().clamp(min=1e-8) / ((2**scheme.bits - 1) / 2)).reshape(1)
+
+
+def _at_once(paths: list[str], block: Block) -> Iterator[list[str]]:
+    """Cut a site's linears into lots of bounded size: a block may have hundreds of experts."""
+    lot: list[str] = []
+    entries = 0
+    for path in paths:
+        size = block.weight(path).numel()
+        if lot and entries + size > ENTRIES_SOLVED_AT_ONCE:
+            yield lot
+            lot, entries = [], 0
+        lot.append(path)
+        entries += size
+    yield lot
 
 
 @dataclass
@@ -91,10 +108,10 @@ class Walk:
         self.checkpoint, self.plan, self.windows = checkpoint, plan, windows
         self.scratch, self.fast, self.stored, self.hidden_limit = scratch, fast, stored, hidden_limit
         self.family, self.config = checkpoint.family, checkpoint.config
-        skeleton = meta_model(checkpoint)
-        self.blocks = skeleton.get_submodule(self.family.blocks)
-        self.rotary = type(skeleton.get_submodule(self.family.rotary))(self.config)
+        self.skeleton = meta_model(checkpoint)
+        self.blocks = list(self.skeleton.get_submodule(self.family.blocks))
         self.hidden: HiddenStates | None = None
+        self.calls: list[Call] = []
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -115,6 +132,14 @@ class Walk:
             places = ((ids >= start) & (ids < stop)).nonzero()[:, 0]
             if len(places):
                 flat[places] = rows(start, stop).float()[ids[places] - start]
+        entrance = Entrance(self.skeleton, self.family, self._as_stored)
+        for batch in self.hidden.batches():
+            self.hidden[batch] = entrance(self.hidden[batch])
+        entrance(self.hidden[:1])  # one window's rotary values and mask serve any number
+        self.calls = entrance.calls()
+
+    def _as_stored(self, name: str) -> Tensor:
+        return self.checkpoint.tensor(name).to(self.stored).float()
 
     def load(self, index: int, state: dict[str, Tensor] | None = None) -> Block:
         """Return block ``index`` from the checkpoint, or from ``state`` as it was stored."""
@@ -123,8 +148,7 @@ class Walk:
             self.checkpoint.block_state(index) if state is None else state,
             self.family,
             index,
-            self.config.num_attention_heads,
-            self.config.num_key_value_heads,
+            self.config,
             self.fast,
         )
 
@@ -148,7 +172,7 @@ class Walk:
     ) -> None:
         """Move the hidden states through block ``index`` as it was stored; ``input_scale`` by full name."""
         done = SolvedBlock(self.load(index, state))
-        for path in self.family.linears:
+        for path in done.block.linears:
             plan = self.plan.linears.get(done.block.full_name(path))
             if plan is not None and plan.scheme.activations is not None:
                 scale = input_scale(done.block.full_name(path))
@@ -158,58 +182,98 @@ class Walk:
 
     def observe(self, block: Block, needs: frozenset[str]) -> dict[str, Statistics]:
         """Return statistics of every site of ``block`` as it is, the hidden states untouched."""
-        gathers = {s.name: Gather(needs, block.weight(s.name).shape[1]) for s in self.family.sites}
-        hooks = [
-            block.module.get_submodule(name).register_forward_pre_hook(
-                lambda _, inputs, gather=gather: gather.add(inputs[0].to(self.fast))
-            )
-            for name, gather in gathers.items()
-        ]
+        gathers = {s.name: Gather(needs, block.weight(s.name).shape[1]) for s in block.sites}
         assert self.hidden is not None
-        with self._running():
+        call = self.calls[block.index]
+        with (
+            self._running(),
+            watched(block, block.sites, lambda site, x: gathers[site.name].add(x.to(self.fast))),
+        ):
             for batch in self.hidden.batches():
-                x = self.hidden[batch].clone()
-                for sub in self.family.sublayers:
-                    h = self._normalized(block, sub, x)
-                    x += self._run(block, sub, h)
-        for hook in hooks:
-            hook.remove()
+                call(block.module, self.hidden[batch].clone())
         return {name: gather.values() for name, gather in gathers.items()}
 
     def _advance(self, done: SolvedBlock, *, solving: bool) -> None:
         """Stop in front of each site, solve it if asked to, and take the hidden states to the block's output."""
         block = done.block
         if self.hidden is None:
-            for site in self.family.sites:
+            for site in block.sites:
                 self._solve_site(done, site, {})
             return
-        count, length, _ = self.hidden.values.shape
-        for number, sub in enumerate(self.family.sublayers):
-            gather = self._gather(block, sub.reads, solving)
-            with self._running():
+        late: list[tuple[Sublayer, HiddenStates]] = []
+        with self._running():
+            for number, sub in enumerate(block.graph):
+                gather = self._gather(block, sub.reads, solving)
                 if gather.accumulators:
                     for batch in self.hidden.batches():
-                        gather.add(self._normalized(block, sub, self.hidden[batch]))
-                if solving:
-                    self._solve_site(done, sub.reads, gather.values())
-                self._round_inputs(done, sub.reads)
-                gather = self._gather(block, sub.output, solving)
-                width = block.weight(sub.output.name).shape[1]
-                spill = self.scratch / f"inner-{number}.bin"
-                inner = HiddenStates(
-                    (count, length, width), self.fast, spill, self.hidden_limit - self.hidden.held_bytes
-                )
-                with self._without_output(block, sub):
+                        gather.add(self._input(block, sub, sub.reads, batch))
+                self._finish_site(done, sub.reads, gather, solving)
+                if len(sub.outputs) > 1:
+                    self._through_experts(done, sub, solving)
+                    continue
+                inner = self._through_output(done, sub, number, solving)
+                if parallel(self.config):
+                    late.append((sub, inner))
+                else:
+                    self._add(block, [(sub, inner)])
+            if late:
+                self._add(block, late)
+
+    def _through_output(self, done: SolvedBlock, sub: Sublayer, number: int, solving: bool) -> HiddenStates:
+        """Solve the one output of a sublayer; return that linear's inputs."""
+        assert self.hidden is not None
+        block, (site,) = done.block, sub.outputs
+        gather = self._gather(block, site, solving)
+        count, length, _ = self.hidden.values.shape
+        spill = self.scratch / f"inner-{number}.bin"
+        shape = (count, length, block.weight(site.name).shape[1])
+        inner = HiddenStates(shape, self.fast, spill, self.hidden_limit - self.hidden.held_bytes)
+        for batch in self.hidden.batches():
+            inner[batch] = self._input(block, sub, site, batch)
+            gather.add(inner[batch])
+        self._finish_site(done, site, gather, solving)
+        return inner
+
+    def _through_experts(self, done: SolvedBlock, sub: Sublayer, solving: bool) -> None:
+        """Solve the outputs of all experts, each with the tokens sent to it, and take the hidden states through them.
+
+        How many tokens come to an expert is not known beforehand, so their inputs are not kept but computed twice.
+        """
+        assert self.hidden is not None
+        block, call = done.block, self.calls[done.block.index]
+        gathers = {site.name: self._gather(block, site, solving) for site in sub.outputs}
+        others = [(other, None) for other in block.graph if other is not sub]
+        with replaced(block, others):
+            if any(g.accumulators for g in gathers.values()):
+                with watched(block, sub.outputs, lambda site, x: gathers[site.name].add(x.to(self.fast))):
                     for batch in self.hidden.batches():
-                        inner[batch] = self._run(block, sub, self._normalized(block, sub, self.hidden[batch]))
-                        gather.add(inner[batch])
-                if solving:
-                    self._solve_site(done, sub.output, gather.values())
-                self._round_inputs(done, sub.output)
-                output = block.module.get_submodule(sub.output.name)
-                for batch in self.hidden.batches():
-                    self.hidden[batch] += output(inner[batch])
-                inner.close()
+                        call(block.module, self.hidden[batch])
+            for site in sub.outputs:
+                self._finish_site(done, site, gathers[site.name], solving)
+            for batch in self.hidden.batches():
+                self.hidden[batch] = call(block.module, self.hidden[batch])
+
+    def _finish_site(self, done: SolvedBlock, site: Site, gather: Gather, solving: bool) -> None:
+        if solving:
+            self._solve_site(done, site, gather.values())
+        self._round_inputs(done, site)
+
+    def _add(self, block: Block, inputs: list[tuple[Sublayer, HiddenStates]]) -> None:
+        """Take the hidden states to what the block makes of them, with sublayers computed from their outputs' inputs."""
+        assert self.hidden is not None
+        call, known = self.calls[block.index], [sub for sub, _ in inputs]
+        rest = [(sub, None) for sub in block.graph if sub not in known]
+        outputs = [(sub, block.module.get_submodule(sub.outputs[0].name), inner) for sub, inner in inputs]
+        for batch in self.hidden.batches():
+            values = [(sub, output(inner[batch])) for sub, output, inner in outputs]
+            with replaced(block, [*rest, *values]):
+                self.hidden[batch] = call(block.module, self.hidden[batch])
+        for _, inner in inputs:
+            inner.close()
+
+    def _input(self, block: Block, sub: Sublayer, site: Site, batch: slice) -> Tensor:
+        assert self.hidden is not None
+        return input_of(block, sub, site, self.calls[block.index], self.hidden[batch]).to(self.fast)
 
     def _gather(self, block: Block, site: Site, solving: bool) -> Gather:
         needs: set[str] = set()
@@ -236,15 +300,26 @@ class Walk:
                 alone = path if not plan.solver.solve_needs else ""
                 together.setdefault((id(plan.solver), plan.scheme.weights, alone), []).append(path)
         for paths in together.values():
-            plan = plans[paths[0]]
-            weights = [block.weight(p) for p in paths]
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            stored = plan.solver.solve(weight, plan.scheme.weights, statistics)
-            start = 0
-            for path in paths:
-                stop = start + block.weight(path).shape[0]
-                self._store(done, path, stored.rows(start, stop), plans[path], statistics)
-                start = stop
+            for some in _at_once(paths, block):
+                self._solve_together(done, some, plans[some[0]], statistics)
+
+    def _solve_together(
+        self, done: SolvedBlock, paths: list[str], plan: LinearPlan, statistics: Statistics
+    ) -> None:
+        weights = [done.block.weight(p) for p in paths]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        stored = plan.solver.solve(weight, plan.scheme.weights, statistics)
+        start = 0
+        for path in paths:
+            stop = start + done.block.weight(path).shape[0]
+            self._store(
+                done,
+                path,
+                stored.rows(start, stop),
+                self.plan.linears[done.block.full_name(path)],
+                statistics,
+            )
+            start = stop
 
     def _store(
         self, done: SolvedBlock, path: str, q: QuantizedTensor, plan: LinearPlan, statistics: Statistics
@@ -265,6 +340,11 @@ class Walk:
         done.layers.append(facts)
         done.linears[path] = q
         if plan.scheme.activations is not None and not plan.scheme.activations.dynamic:
+            if not statistics["absmax"].any():
+                raise DataError(
+                    f"no calibration token reached {facts['name']}, so its input has no range",
+                    "Take more text (samples), or round that input per token",
+                )
             done.input_scales[path] = static_scale(statistics["absmax"], plan.scheme.activations)
         done.block.set_weight(path, value)
 
@@ -275,28 +355,6 @@ class Walk:
         autocast = torch.autocast("cpu", self.fast, enabled=self.fast is not torch.float32)
         with torch.no_grad(), autocast:
             yield
-
-    def _normalized(self, block: Block, sub: Sublayer, x: Tensor) -> Tensor:
-        return block.module.get_submodule(sub.norm)(x).to(self.fast)
-
-    def _run(self, block: Block, sub: Sublayer, h: Tensor) -> Tensor:
-        module = block.module.get_submodule(sub.module)
-        if not sub.attention:
-            return module(h)
-        positions = torch.arange(h.shape[1])[None]
-        return module(h, position_embeddings=self.rotary(h.float(), positions), attention_mask=None)[0]
-
-    @contextmanager
-    def _without_output(self, block: Block, sub: Sublayer) -> Iterator[None]:
-        """Take the output linear out, so that the sublayer's module returns that linear's input."""
-        path, _, leaf = sub.output.name.rpartition(".")
-        owner = block.module.get_submodule(path)
-        output = getattr(owner, leaf)
-        setattr(owner, leaf, nn.Identity())
-        try:
-            yield
-        finally:
-            setattr(owner, leaf, output)
 
     def _round_inputs(self, done: SolvedBlock, site: Site) -> None:
         """From here on, round the inputs of the site's linears as the stored scheme will at run time."""

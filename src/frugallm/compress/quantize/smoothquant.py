@@ -96,7 +96,7 @@ class SmoothQuant(BlockMethod):
 
     def rewrite(self, block: Block, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Fold eq. (1) into every site of the block."""
-        for site in block.family.sites:
+        for site in block.sites:
             if site.writer_kind in self.sites and any(self.touches(block.full_name(p)) for p in site.linears):
                 block.scale_site(site, self.smoothing(block, site, statistics[site.name]["absmax"]))
 
