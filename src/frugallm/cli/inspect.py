@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -39,11 +41,12 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
     yield ""
     yield "linears of a block (out, in):"
     first = family.block(0)
-    widths = {}
-    for linear in family.linears(checkpoint.config, 0):
-        shape = checkpoint.shape(f"{first}.{linear}.weight")
-        widths[linear] = shape[1]
-        yield f"  {linear:<24}{shape[0]:>7} x {shape[1]}"
+    widths, alike = {}, Counter[tuple[str, int, int]]()
+    for linear in family.linears(config, 0):
+        rows, widths[linear] = checkpoint.shape(f"{first}.{linear}.weight")
+        alike[re.sub(r"\.\d+\.", ".*.", linear), rows, widths[linear]] += 1  # experts are many and equal
+    for (linear, rows, width), count in alike.items():
+        yield f"  {linear:<24}{rows:>7} x {width}" + (f"   ({count} of them)" if count > 1 else "")
     fitting = ", ".join(map(str, fitting_group_sizes(widths))) or "none from 16 up"
     yield f"group sizes that divide every input width: {fitting}"
     yield ""
