@@ -44,12 +44,38 @@ def gptq_parts(codes: Tensor, zeros: Tensor, scales: Tensor, bits: int, *, versi
     }
 
 
+def awq_parts(codes: Tensor, zeros: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    """Pack ``codes`` ``(out, in)``, ``zeros`` and ``scales`` ``(out, groups)`` as AWQ's gemm version does."""
+
+    def words(columns: list[list[int]]) -> Tensor:
+        mixed = [
+            [row[8 * (i // 8) + (0, 2, 4, 6, 1, 3, 5, 7)[i % 8]] for i in range(len(row))] for row in columns
+        ]
+        return word_rows(mixed, 4)
+
+    return {
+        "qweight": words(codes.T.tolist()),
+        "qzeros": words(zeros.T.tolist()),
+        "scales": scales.T.half().contiguous(),
+    }
+
+
+def gemv_parts(codes: Tensor, zeros: Tensor, scales: Tensor, words: int) -> dict[str, Tensor]:
+    """Pack them as AWQ's gemv version does, with room for ``8 words`` groups."""
+    room = [[0] * (8 * words - zeros.shape[1])] * len(zeros)
+    return {
+        "qweight": word_rows(codes.tolist(), 4),
+        "qzeros": word_rows([row + more for row, more in zip(zeros.tolist(), room)], 4),
+        "scales": torch.cat([scales, torch.tensor(room)], 1).half(),
+    }
+
+
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
     """Change the tensors of a folder."""
     path = folder / "model.safetensors"
     tensors = load_file(path)
     change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def edit_settings(folder: Path, **changes: Any) -> None:

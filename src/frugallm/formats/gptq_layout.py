@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from frugallm.errors import ModelError
-from frugallm.formats.packed_folder import PackedFolder, Parts
-from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
+from frugallm.formats.packed_folder import FLOAT_SCALES, PackedFolder, Parts, groups_of
+from frugallm.formats.quantized_tensor import QuantizedTensor, from_unsigned
 from frugallm.formats.words import unpack_words
 
 BITS = (2, 3, 4, 8)
@@ -43,27 +43,6 @@ def unpack_zeros(qzeros: Tensor, bits: int, rows: int, *, less_one: bool) -> Ten
         return unpack_words(qzeros + ones, bits, rows)
     zeros = unpack_words(qzeros, bits, rows)
     return (zeros + 1) & (2**bits - 1) if less_one else zeros
-
-
-def on_grid(codes: Tensor, zero: Tensor, scale: Tensor, bits: int, group_size: int | None) -> QuantizedTensor:
-    """Return unsigned codes ``(out, in)`` with zero points and scales ``(out, groups)`` as a :class:`QuantizedTensor`.
-
-    The grid is symmetric where all zero points are in the middle.
-    """
-    middle = 2 ** (bits - 1)
-    symmetric = bool((zero == middle).all())
-    scheme = WeightScheme(
-        bits=bits,
-        symmetric=symmetric,
-        group_size=group_size,
-        scale_dtype=str(scale.dtype).removeprefix("torch."),
-    )
-    return QuantizedTensor(
-        (codes.short() - middle).to(torch.int8),
-        scale.contiguous(),
-        None if symmetric else (zero.short() - middle).to(torch.int8),
-        scheme,
-    )
 
 
 def unpack(
@@ -83,7 +62,7 @@ def unpack(
     if width % groups == 0:
         size = width // groups
         if g_idx is None or torch.equal(g_idx, torch.arange(width, dtype=g_idx.dtype) // size):
-            return on_grid(codes, zeros.T, scales.T, bits, size if groups > 1 else None)
+            return from_unsigned(codes, zeros.T, scales.T, bits)
     if g_idx is None:
         g_idx = torch.arange(width) // -(-width // groups)
     group = g_idx.long()
@@ -131,22 +110,19 @@ class GPTQFolder(PackedFolder):
 
     def packed_shape(self, parts: Parts) -> tuple[int, int]:  # noqa: D102
         bits = self.bits(parts.path)
-        parts.expect("qweight", ("I32",))
-        parts.expect("scales", ("F16", "BF16", "F32"))
-        if len(parts.shape("qweight")) != 2 or len(parts.shape("scales")) != 2:
-            raise parts.error(f"{parts.path}.qweight and .scales must be matrices")
-        (words, rows), groups = parts.shape("qweight"), parts.shape("scales")[0]
+        words, rows = parts.matrix("qweight", ("I32",))
+        groups, _ = parts.matrix("scales", FLOAT_SCALES)
         width = words * 32 // bits
-        parts.expect("scales", ("F16", "BF16", "F32"), (groups, rows))
+        parts.expect("scales", FLOAT_SCALES, (groups, rows))
         parts.expect("qzeros", ("I32",), (groups, -(-rows * bits // 32)))
         if "g_idx" in parts:
             parts.expect("g_idx", ("I32", "I64"), (width,))
         size = self._exception(parts.path).get("group_size", self.settings.get("group_size", -1))
-        whole = not isinstance(size, int) or size < 1
-        expected = 1 if whole else -(-width // size)
+        expected = groups_of(width, size, self.path)
         if groups != expected:
-            what = "the whole row" if whole else f"{size} of {width} columns"
-            raise parts.error(f"{parts.path}.scales has {groups} groups, a group of {what} makes {expected}")
+            raise parts.error(
+                f"{parts.path}.scales has {groups} groups, group_size {size} of {width} columns makes {expected}"
+            )
         return rows, width
 
     def decode(self, parts: Parts) -> QuantizedTensor | Tensor:  # noqa: D102

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+FLOAT_SCALES = ("F16", "BF16", "F32")
 INTACT = "Get an intact copy of the model"
 
 
@@ -68,6 +69,14 @@ class Parts:
             raise self.error(f"{self._named(leaf)} is stored as {found}, expected {' or '.join(types)}")
         if shape is not None and self.shape(leaf) != shape:
             raise self.error(f"{self._named(leaf)} has shape {self.shape(leaf)}, expected {shape}")
+
+    def matrix(self, leaf: str, types: tuple[str, ...]) -> tuple[int, int]:
+        """Check that a tensor is there, has one of these types and two dimensions; return them."""
+        self.expect(leaf, types)
+        if len(self.shape(leaf)) != 2:
+            raise self.error(f"{self._named(leaf)} has shape {self.shape(leaf)}, expected a matrix")
+        rows, columns = self.shape(leaf)
+        return rows, columns
 
     def error(self, what: str) -> ModelError:
         """Return the error that says what is wrong with this linear."""
@@ -193,11 +202,19 @@ class PackedFolder(SafetensorsFolder):
         return found if start is None else found[start:stop].clone()
 
 
+def groups_of(width: int, size: Any, folder: Path) -> int:
+    """Return how many groups of ``size`` columns, -1 for the whole row, a linear of that width has."""
+    if type(size) is not int or (size < 1 and size != -1):
+        raise ModelError(f"{folder / 'config.json'}: group_size is {size!r}", INTACT)
+    return 1 if size == -1 else -(-width // size)
+
+
 def reader_of(folder: Path) -> type[PackedFolder] | None:
     """Return the class that reads a compressed folder; ``None``: its layout or its family is not read here.
 
     Folders in the compressed-tensors format are read here if ``frugal run`` wrote them.
     """
+    from frugallm.formats.awq_layout import AWQFolder
     from frugallm.formats.decoded import Decoded
     from frugallm.formats.gptq_layout import GPTQFolder
 
@@ -207,7 +224,7 @@ def reader_of(folder: Path) -> type[PackedFolder] | None:
     described = any(raw.get("model_type") in family.model_types for family in FAMILIES)
     if not described or (method == Decoded.method and not (folder / "manifest.json").is_file()):
         return None
-    readers: tuple[type[PackedFolder], ...] = (Decoded, GPTQFolder)
+    readers: tuple[type[PackedFolder], ...] = (Decoded, GPTQFolder, AWQFolder)
     return next((reader for reader in readers if reader.method == method), None)
 
 
