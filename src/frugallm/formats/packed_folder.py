@@ -215,6 +215,7 @@ def reader_of(folder: Path) -> type[PackedFolder] | None:
     Folders in the compressed-tensors format are read here if ``frugal run`` wrote them.
     """
     from frugallm.formats.awq_layout import AWQFolder
+    from frugallm.formats.bitsandbytes_layout import BitsAndBytesFolder
     from frugallm.formats.decoded import Decoded
     from frugallm.formats.gptq_layout import GPTQFolder
 
@@ -224,7 +225,7 @@ def reader_of(folder: Path) -> type[PackedFolder] | None:
     described = any(raw.get("model_type") in family.model_types for family in FAMILIES)
     if not described or (method == Decoded.method and not (folder / "manifest.json").is_file()):
         return None
-    readers: tuple[type[PackedFolder], ...] = (Decoded, GPTQFolder, AWQFolder)
+    readers: tuple[type[PackedFolder], ...] = (Decoded, GPTQFolder, AWQFolder, BitsAndBytesFolder)
     return next((reader for reader in readers if reader.method == method), None)
 
 
