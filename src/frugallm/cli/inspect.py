@@ -20,7 +20,7 @@ def inspect(model: Model, debug: Debug = False) -> None:
     """Show parts, shapes and bytes of MODEL, the group sizes that fit it, and which methods apply."""
     from frugallm.models import open_checkpoint
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, compressed=True)
     for line in describe(checkpoint):
         typer.echo(line)
 
@@ -28,6 +28,7 @@ def inspect(model: Model, debug: Debug = False) -> None:
 def describe(checkpoint: Checkpoint) -> Iterator[str]:
     """Yield the lines that describe a model."""
     from frugallm.compress.contract import fitting_group_sizes
+    from frugallm.formats.packed_folder import PackedFolder
 
     config, family = checkpoint.config, checkpoint.family
     tied = ", head tied to the embedding" if config.tie_word_embeddings else ""
@@ -50,6 +51,10 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
     fitting = ", ".join(map(str, fitting_group_sizes(widths))) or "none from 16 up"
     yield f"group sizes that divide every input width: {fitting}"
     yield ""
+    if isinstance(checkpoint, PackedFolder):
+        yield f"compressed already: {checkpoint.summary()}; {len(checkpoint.packed)} parts"
+        yield "methods: none, they start from the original model"
+        return
     yield "methods:"
     yield from _applicable(checkpoint)
 

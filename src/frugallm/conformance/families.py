@@ -18,9 +18,11 @@ from frugallm.compress.quantize.gptq import GPTQ
 from frugallm.conformance.outcome import ensure
 from frugallm.conformance.trial import BLOCKS, carry_out, job_for, randomized
 from frugallm.errors import ModelError
-from frugallm.formats.decoded import load_decoded, only_read_here
+from frugallm.formats.compressed_tensors import quant_method
+from frugallm.formats.decoded import Decoded, Own
 from frugallm.formats.engines import loads_in_transformers
 from frugallm.formats.folder import write_dense
+from frugallm.formats.packed_folder import load_packed
 from frugallm.formats.stored import model_in_memory
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.in_memory import InMemory
@@ -214,12 +216,14 @@ def a_run_is_read_back_as_it_was_kept(model: Any, scratch: Path) -> None:
     run = carry_out(job_for(checkpoint, [GPTQ(bits=4, group_size=16)], tokens()), scratch / "out")
     ensure(list(run.job.plan.linears) == linears_of(checkpoint), "not every linear was compressed")
     kept = _logits(model_in_memory(run.place.stored(run.job)))
-    ensure(torch.equal(_logits(load_decoded(run.folder, torch.float32)), kept), "read back differently")
+    reader = Own if quant_method(run.job.plan) == Own.method else Decoded
+    read = load_packed(reader(run.folder), torch.float32)
+    ensure(torch.equal(_logits(read), kept), "read back differently")
     if loads_in_transformers(run.job.plan):
         plain = _logits(load_plain(run.folder, torch.float32))
         ensure(_close(plain, kept), "plain transformers computes something else")
         return
-    ensure(only_read_here(run.folder), "the folder does not say that only FrugalLM reads it")
+    ensure(reader.only_read_here(run.folder), "the folder does not say that only FrugalLM reads it")
     try:
         load_plain(run.folder, torch.float32)
     except ModelError:

@@ -9,26 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from frugallm.errors import ModelError
 from frugallm.formats import compressed_tensors
-from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, WeightScheme
-from frugallm.models.checkpoint import Checkpoint
-from frugallm.models.linears import turned
-from frugallm.models.safetensors_folder import (
-    SafetensorsFolder,
-    load_tokenizer,
-    names_in_files,
-    open_safetensors,
-    parse_config,
-    read_config,
-    weight_files,
-)
+from frugallm.formats.packed_folder import PackedFolder, Parts
+from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
+from frugallm.models.safetensors_folder import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,146 +38,86 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
     )
 
 
-def only_read_here(folder: Path) -> bool:
-    """Whether ``folder`` is a result of ``frugal run`` that plain ``transformers`` does not load.
-
-    Those are our own container, zero points, and an embedding in packed codes (``engines.yaml``).
-    """
-    quantization = read_config(folder).get("quantization_config") or {}
-    if quantization.get("quant_method") == compressed_tensors.OWN:
-        return True
-    if not (folder / "manifest.json").is_file():
-        return False
-    groups = quantization.get("config_groups", {}).values()
-    packed_table = any(
-        g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
-    )
-    return packed_table or any(not g["weights"]["symmetric"] for g in groups)
-
-
-def load_decoded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Return a plain model with the values that the stored codes stand for, its inputs rounded as the schemes say."""
-    from frugallm.formats.stored import round_inputs
-    from frugallm.models.open import dense_model
-
-    decoded = Decoded(folder)
-    decoded.validate()
-    model = dense_model(decoded, dtype)
-    for path in {name.rpartition(".")[0] for name in decoded.names()}:
-        scheme = decoded.scheme(path)
-        if scheme is not None and scheme.activations is not None:
-            round_inputs(model.get_submodule(path), scheme.activations, decoded.input_scale(path))
-    return model
-
-
 def _matches(target: str, path: str) -> bool:
     return bool(re.match(target.removeprefix("re:"), path)) if target.startswith("re:") else target == path
 
 
-class Decoded(Checkpoint):
-    """A compressed folder, read back.
+class Decoded(PackedFolder):
+    """A folder that ``frugal run`` wrote, read back."""
 
-    Parameters
-    ----------
-    folder
-        What ``frugal run`` wrote.
+    method: ClassVar[str] = "compressed-tensors"
+    leaves: ClassVar[tuple[str, ...]] = PARTS
+    names_tied_head: ClassVar[bool] = True
 
-    Raises
-    ------
-    ModelError
-        If it is no model folder, or none that is compressed in the compressed-tensors format.
-    """
+    def __init__(self, folder: str | Path, name: str | None = None) -> None:
+        super().__init__(folder, name)
+        self.dtype = str(self.config.dtype).removeprefix("torch.")
+        self._groups = [(g["targets"], scheme_of(g)) for g in self.settings["config_groups"].values()]
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self.name = folder, str(folder)
-        self._base = SafetensorsFolder(folder)
-        raw = read_config(folder)
-        quantization = raw.pop("quantization_config", {})
-        if quantization.get("quant_method") not in ("compressed-tensors", compressed_tensors.OWN):
-            raise ModelError(f"{folder} is not compressed in the compressed-tensors format or our own")
-        self.config = parse_config(raw, folder / "config.json")
-        self.dtype = str(raw["dtype"])
-        self.family = self._base.family
-        self._groups = [(g["targets"], scheme_of(g)) for g in quantization["config_groups"].values()]
-        self._files = {file: open_safetensors(folder / file) for file in weight_files(folder)}
-        holder = {name: file for file, handle in self._files.items() for name in handle.keys()}  # noqa: SIM118
-        self._stored_as = names_in_files(self.family, holder)
-        self._holder = {name: holder[there] for name, there in self._stored_as.items()}
+    @classmethod
+    def only_read_here(cls, folder: Path) -> bool:
+        """Whether plain ``transformers`` does not load it: zero points, an embedding in packed codes (``engines.yaml``)."""
+        groups = read_config(folder)["quantization_config"].get("config_groups", {}).values()
+        packed_table = any(
+            g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
+        )
+        return packed_table or any(not g["weights"]["symmetric"] for g in groups)
+
+    def summary(self) -> str:  # noqa: D102
+        return f"compressed-tensors, {', '.join(sorted({scheme.label() for _, scheme in self._groups}))}"
 
     def scheme(self, path: str) -> LinearScheme | None:
         """Return how the linear or table of that name is stored; ``None``: as it is."""
-        if f"{path}.weight_scale" not in self._holder:
+        if path not in self._parts:
             return None
         for targets, scheme in self._groups:
             if any(_matches(target, path) for target in targets):
                 return scheme
         by_class = [scheme for targets, scheme in self._groups if "Linear" in targets]
         if not by_class:
-            raise ModelError(
-                f"{self.where(f'{path}.weight_scale')}: config.json describes no scheme of {path}"
-            )
+            raise ModelError(f"{self.where(f'{path}.weight')}: config.json describes no scheme of {path}")
         return by_class[0]
 
     def input_scale(self, path: str) -> Tensor | None:
         """Return the static input scale ``(1,)`` of a linear, if it has one."""
-        name = f"{path}.input_scale"
-        return self._stored(name) if name in self._holder else None
+        parts = self._parts.get(path)
+        return parts["input_scale"] if parts is not None and "input_scale" in parts else None
 
     @property
     def rounds_inputs(self) -> bool:
         """Whether the inputs of any linear are rounded at run time."""
         return any(scheme.activations is not None for _, scheme in self._groups)
 
-    def names(self) -> list[str]:  # noqa: D102
-        found = set()
-        for name in self._holder:
-            path, _, leaf = name.rpartition(".")
-            found.add(f"{path}.weight" if leaf in PARTS else name)
-        if self.config.tie_word_embeddings:
-            found.discard(f"{self.family.head}.weight")
-        return sorted(found)
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Round inputs of linears as the schemes say."""
+        from frugallm.formats.stored import round_inputs
 
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        path = name.removesuffix(".weight")
-        if f"{path}.weight_shape" in self._holder:
-            return tuple(self._stored(f"{path}.weight_shape").tolist())
-        if name not in self._holder:
-            raise ModelError(f"{self.name}: there is no tensor '{name}'")
-        shape = tuple(self._files[self._holder[name]].get_slice(self._stored_as[name]).get_shape())
-        as_is = self.scheme(path) is None
-        return shape[::-1] if as_is and turned(self.family, name, shape) else shape
+        for path in self.packed:
+            scheme = self.scheme(path)
+            if scheme is not None and scheme.activations is not None:
+                round_inputs(model.get_submodule(path), scheme.activations, self.input_scale(path))
 
-    def where(self, name: str) -> str:  # noqa: D102
-        packed = name.removesuffix(".weight") + ".weight_packed"
-        return str(self.path / self._holder.get(name, self._holder.get(packed, "")))
+    def packed_shape(self, parts: Parts) -> tuple[int, int]:  # noqa: D102
+        if "weight_shape" not in parts:
+            rows, width = parts.shape("weight")
+            return rows, width
+        rows, width = parts["weight_shape"].tolist()
+        return rows, width
 
-    def digest(self) -> str:  # noqa: D102
-        return self._base.digest()
+    def decode(self, parts: Parts) -> QuantizedTensor:  # noqa: D102
+        scheme = self.scheme(parts.path)
+        assert scheme is not None
+        tensors = {f"{parts.path}.{part}": parts[part] for part in PARTS if part in parts}
+        table = parts.path in (self.family.embedding, self.family.head)
+        return compressed_tensors.decode_linear(parts.path, tensors, scheme, table=table)
 
-    def companions(self) -> dict[str, bytes]:  # noqa: D102
-        return self._base.companions()
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the folder's model card says."""
-        return self._base.metadata
+class Own(Decoded):
+    """A result in our own container: the same tensors, in files that no other program takes for its own."""
 
-    def _load_tokenizer(self) -> Any:
-        return load_tokenizer(self.path)
+    method: ClassVar[str] = compressed_tensors.OWN
 
-    def _stored(self, name: str) -> Tensor:
-        try:
-            return self._files[self._holder[name]].get_tensor(self._stored_as[name])
-        except SafetensorError as error:
-            raise ModelError(f"{self.where(name)}: {name} cannot be read ({error})") from error
-
-    def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
-        path = name.removesuffix(".weight")
-        scheme = self.scheme(path) if name != path else None
-        if scheme is None:
-            tensor = self._stored(name)
-            tensor = tensor.T if turned(self.family, name, tensor.shape) else tensor
-            return tensor[start:stop].clone(memory_format=torch.contiguous_format)
-        tensors = {n: self._stored(n) for part in PARTS if (n := f"{path}.{part}") in self._holder}
-        table = path in (self.family.embedding, self.family.head)
-        return compressed_tensors.decode_linear(path, tensors, scheme, table=table).dequantize()[start:stop]
+    @classmethod
+    def only_read_here(cls, folder: Path) -> bool:
+        """Plain ``transformers`` finds no file that it knows."""
+        return True

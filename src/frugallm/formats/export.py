@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frugallm.errors import ExportError, OutputError, nearest
+from frugallm.models.safetensors_folder import read_config
 from frugallm.progress import Progress
 
 if TYPE_CHECKING:
@@ -108,9 +109,10 @@ def export(
         raise OutputError(f"{target} exists", "Choose another --out")
 
     from frugallm.formats import shards
-    from frugallm.formats.decoded import Decoded
+    from frugallm.formats.decoded import Decoded, Own
 
-    source = Decoded(folder)
+    own = read_config(folder).get("quantization_config", {}).get("quant_method") == Own.method
+    source = (Own if own else Decoded)(folder)
     source.validate()
     notes = [NOT_ROUNDED] if source.rounds_inputs and not chosen.rounds_inputs else []
     for note in notes:

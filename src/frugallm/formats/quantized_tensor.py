@@ -112,3 +112,21 @@ class QuantizedTensor:
         return replace(
             self, codes=self.codes[start:stop].clone(), scale=self.scale[start:stop].clone(), zero=zero
         )
+
+
+def from_unsigned(codes: Tensor, zero: Tensor, scale: Tensor, bits: int) -> QuantizedTensor:
+    """Return unsigned codes ``(out, in)`` with zero points and scales ``(out, groups)``, as other formats keep them.
+
+    The grid is symmetric where all zero points are in the middle, at ``2^(bits - 1)``.
+    """
+    middle = 2 ** (bits - 1)
+    symmetric = bool((zero == middle).all())
+    width, groups = codes.shape[1], scale.shape[1]
+    scheme = WeightScheme(
+        bits=bits,
+        symmetric=symmetric,
+        group_size=width // groups if groups > 1 else None,
+        scale_dtype=str(scale.dtype).removeprefix("torch."),
+    )
+    signed = None if symmetric else (zero.short() - middle).to(torch.int8)
+    return QuantizedTensor((codes.short() - middle).to(torch.int8), scale.contiguous(), signed, scheme)

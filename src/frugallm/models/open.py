@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 OFFGRID = "-offgrid"
 
 
-def open_checkpoint(model: Source, tokenizer: Any = None) -> Checkpoint:
+def open_checkpoint(model: Source, tokenizer: Any = None, *, compressed: bool = False) -> Checkpoint:
     """Open the weights of a model and check that they fit their configuration.
 
     Parameters
@@ -46,13 +46,17 @@ def open_checkpoint(model: Source, tokenizer: Any = None) -> Checkpoint:
         ``-offgrid`` behind it, a loaded model, or a checkpoint.
     tokenizer
         Tokenizer of a loaded model.
+    compressed
+        Also open a folder that is compressed already; its weights have the values that their codes stand for.
 
     Raises
     ------
     ModelError
-        If the model cannot be found, read or understood, or is compressed already.
+        If the model cannot be found, read or understood, or is compressed already and that is not asked for.
     """
     from transformers import PreTrainedModel
+
+    from frugallm.formats.packed_folder import reader_of
 
     if isinstance(model, Checkpoint):
         return model
@@ -66,7 +70,8 @@ def open_checkpoint(model: Source, tokenizer: Any = None) -> Checkpoint:
         found = locate(model)
         name = str(model)
         if found.path.is_dir():
-            checkpoint = SafetensorsFolder(found.path, name)
+            reader = (reader_of(found.path) if compressed else None) or SafetensorsFolder
+            checkpoint = reader(found.path, name)
         else:
             checkpoint = GGUFFile(check_gguf(found.path), name, found.license)
     checkpoint.validate()
@@ -96,16 +101,19 @@ def check_gguf(path: Path) -> Path:
 def load(model: Source, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """Load anything as a plain ``transformers`` model on the CPU, with its tokenizer.
 
-    A compressed folder, or one of a family that has no description, is left to ``transformers`` alone; only what it
-    cannot read of a result of ``frugal run`` is read here.
+    A folder in the compressed-tensors format, or one of a family that has no description, is left to ``transformers``
+    alone; what it cannot read of a result of ``frugal run``, and the layouts of toolkits that need their own kernels
+    (:mod:`frugallm.formats.packed_folder`), are read here.
     """
-    from frugallm.formats.decoded import load_decoded, only_read_here
+    from frugallm.formats.packed_folder import load_packed, reader_of
 
     if isinstance(model, (str, Path)) and not _offgrid(model):
         found = locate(model)
         if found.path.is_dir() and _for_transformers(found.path):
-            read = load_decoded if only_read_here(found.path) else load_plain
-            return read(found.path, dtype), load_tokenizer(found.path)
+            reader = reader_of(found.path)
+            if reader is not None and reader.only_read_here(found.path):
+                return load_packed(reader(found.path), dtype), load_tokenizer(found.path)
+            return load_plain(found.path, dtype), load_tokenizer(found.path)
     checkpoint = open_checkpoint(model)
     return dense_model(checkpoint, dtype), checkpoint.tokenizer
 

@@ -57,6 +57,7 @@ class SafetensorsFolder(Checkpoint):
         self.name = name or str(folder)
         raw = read_config(self.path)
         self.compressed = "quantization_config" in raw
+        self.quantization = raw.pop("quantization_config", None)
         self.config = parse_config(raw, self.path / "config.json")
         try:
             self.family = family_of(self.config)
@@ -89,7 +90,10 @@ class SafetensorsFolder(Checkpoint):
         """Check names, shapes, float types, and that a stored head of a tied model is the embedding."""
         self._refuse_compressed()
         super().validate()
-        for name in self.names():
+        self._check_stored(self.names())
+
+    def _check_stored(self, names: list[str]) -> None:
+        for name in names:
             stored = self._slice(name).get_dtype()
             if stored not in FLOATS:
                 raise ModelError(
@@ -137,6 +141,9 @@ class SafetensorsFolder(Checkpoint):
 
     def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
         self._refuse_compressed()
+        return self._stored(name, start, stop)
+
+    def _stored(self, name: str, start: int | None, stop: int | None) -> Tensor:
         try:
             turn = turned(self.family, name, self._shapes[name])
             if start is None:
