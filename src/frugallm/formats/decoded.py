@@ -98,8 +98,10 @@ class Decoded(Checkpoint):
         self.path, self.name = folder, str(folder)
         self._base = SafetensorsFolder(folder)
         raw = read_config(folder)
-        quantization = raw.pop("quantization_config", {})
-        if quantization.get("quant_method") != "compressed-tensors":
+        quantization = raw.pop("quantization_config", None)
+        if quantization is None and (folder / "manifest.json").is_file():
+            quantization = {"quant_method": "compressed-tensors", "config_groups": {}}  # pruned and no more
+        if (quantization or {}).get("quant_method") != "compressed-tensors":
             raise ModelError(f"{folder} is not compressed in the compressed-tensors format")
         self.config = parse_config(raw, folder / "config.json")
         self.dtype = str(raw["dtype"])
@@ -126,6 +128,11 @@ class Decoded(Checkpoint):
         """Return the static input scale ``(1,)`` of a linear, if it has one."""
         name = f"{path}.input_scale"
         return self._stored(name) if name in self._holder else None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether anything is stored in another form than dense."""
+        return bool(self._groups)
 
     @property
     def rounds_inputs(self) -> bool:

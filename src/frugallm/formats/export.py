@@ -112,6 +112,8 @@ def export(
 
     source = Decoded(folder)
     source.validate()
+    if to == "dense" and not source.quantized:
+        raise ExportError(f"{folder} is dense already: nothing in it is quantized", "Use it as it is")
     notes = [NOT_ROUNDED] if source.rounds_inputs and not chosen.rounds_inputs else []
     for note in notes:
         (progress or Progress()).event("warn", text=note)
