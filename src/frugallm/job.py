@@ -83,13 +83,9 @@ class Job:
 
 def needs_text(plan: Plan) -> bool:
     """Whether any step of the plan reads calibration text."""
-    solvers = {id(p.solver): p for p in plan.linears.values()}
+    steps = [*(p.solver for p in plan.linears.values()), *(p.pruner for p in plan.pruned.values())]
     static = any(p.scheme.activations and not p.scheme.activations.dynamic for p in plan.linears.values())
-    return (
-        static
-        or any(s.rewrite_needs for s in plan.rewrites)
-        or any(p.solver.solve_needs for p in solvers.values())
-    )
+    return static or any(s.rewrite_needs for s in plan.rewrites) or any(step.solve_needs for step in steps)
 
 
 class Workplace:

@@ -70,7 +70,7 @@ def stored_bytes(job: Job, place: Workplace) -> tuple[dict[str, int], int]:
     """Return bytes of tensors by part, and those of compressed linears and tables alone."""
     by_part = dict.fromkeys(PARTS.values(), 0)
     compressed = 0
-    done = {*job.plan.linears, *job.plan.tables}
+    done = {*job.plan.linears, *job.plan.pruned, *job.plan.tables}
     if job.plan.tables:
         done.add(job.checkpoint.family.head)  # a tied head has a scale of its own name
     for path in sorted(place.folder.glob("*.safetensors")):
@@ -91,7 +91,7 @@ def _models(job: Job, place: Workplace, measured: Measured) -> list[ModelFacts]:
     for name, count in weights.items():
         before[_part_of(job, name)] += count * job.stored.itemsize
     after, compressed = stored_bytes(job, place)
-    chosen = sum(weights[f"{n}.weight"] for n in (*job.plan.linears, *job.plan.tables))
+    chosen = sum(weights[f"{n}.weight"] for n in {*job.plan.linears, *job.plan.pruned, *job.plan.tables})
     total = sum(weights.values())
     file_bytes = sum(p.stat().st_size for p in place.folder.glob("*.safetensors"))
     dtype_bits = 8.0 * job.stored.itemsize
@@ -112,10 +112,17 @@ def _models(job: Job, place: Workplace, measured: Measured) -> list[ModelFacts]:
             file_bytes=file_bytes,
             compressed_bits=8 * compressed / chosen if chosen else None,
             whole_bits=8 * file_bytes / total,
+            zeros=_zeros(layer_facts(job, place)),
             quality=measured.after,
             **_outside(measured.outside_after),
         ),
     ]
+
+
+def _zeros(layers: list[dict[str, Any]]) -> float | None:
+    """Return the share of zeros among the weights of the linears that were pruned."""
+    pruned = [facts for facts in layers if "zeros" in facts]
+    return sum(f["zeros"] for f in pruned) / sum(f["weights"] for f in pruned) if pruned else None
 
 
 def _outside(facts: dict[str, Any]) -> dict[str, Any]:
@@ -169,8 +176,9 @@ def how_to_load(job: Job, out: Path) -> dict[str, str]:
     """Return, per engine, what to type to load the result, or why that engine does not."""
     answers: dict[str, str] = {}
     if loads_in_transformers(job.plan):
+        packages = "transformers compressed-tensors" if job.plan.quantizes else "transformers"
         answers["transformers"] = (
-            "# pip install transformers compressed-tensors accelerate\n"
+            f"# pip install {packages} accelerate\n"
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
             f'model = AutoModelForCausalLM.from_pretrained("{out}")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{out}")'
@@ -196,7 +204,11 @@ def model_card(job: Job, place: Workplace, report: Report) -> str:
         "base_model": job.checkpoint.name,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["frugallm", "compressed-tensors", *job.recipe.versions()],
+        "tags": [
+            "frugallm",
+            *(["compressed-tensors"] if job.plan.quantizes else []),
+            *job.recipe.versions(),
+        ],
     }
     lines = ["---", *(f"{k}: {json.dumps(v)}" for k, v in front.items()), "---", ""]
     steps = "\n".join(f"    {step}" for step in job.recipe.to_cli())

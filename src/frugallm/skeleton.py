@@ -17,7 +17,9 @@ def families() -> dict[str, Path]:
     found = {}
     for package in FAMILIES:
         root = Path(next(iter(importlib.import_module(package).__path__)))
-        found.update({file.parent.name: file.parent for file in sorted(root.glob("*/__init__.py"))})
+        folders = {file.parent for file in root.rglob("__init__.py")} - {root}
+        inner = {folder for folder in folders if any(folder in other.parents for other in folders)}
+        found.update({folder.name: folder for folder in sorted(folders - inner)})
     return found
 
 
@@ -27,7 +29,7 @@ def write_skeleton(family: str, name: str, to: Path | None = None) -> Path:
     Parameters
     ----------
     family
-        ``quantize``.
+        ``quantize`` or ``unstructured`` (pruning).
     name
         Name of the method in snake_case; it becomes the file's stem.
     to

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from frugallm.compress.contract import resolve_group_size
 from frugallm.compress.plan import make_plan
@@ -37,6 +38,27 @@ def plan(checkpoint, *steps):
             r"rtn after gptq: model.layers.0.\S+ would be rounded twice.*only and skip",
         ),
         (["rtn", "rtn:bits=8"], RecipeError, "would be rounded twice"),
+        (
+            ["gptq", "magnitude"],
+            RecipeError,
+            r"magnitude after gptq: \S+ is rounded by then, and its zeros .*Put magnitude before gptq",
+        ),
+        (
+            ["magnitude", "smoothquant"],
+            RecipeError,
+            "smoothing step after pruning.*smoothquant before magnitude",
+        ),
+        (
+            ["magnitude", "random"],
+            RecipeError,
+            "random after magnitude: .* would be pruned twice.*only and skip",
+        ),
+        (
+            ["magnitude:sparsity=0.3,pattern=2:4"],
+            ParameterError,
+            "pattern 2:4 makes 0.5 of the weights zero, not sparsity 0.3.*Leave sparsity out",
+        ),
+        (["magnitude:only=[lm_head]"], ParameterError, "only pattern 'lm_head' matches no linear"),
         (["smoothquant", "smoothquant"], RecipeError, "smoothquant after smoothquant: both set"),
         (["embedding", "embedding"], RecipeError, "embedding stands twice"),
         (
@@ -107,6 +129,38 @@ def test_a_later_solver_replaces_the_default_of_an_earlier_rewrite(tied):
     assert {p.solver.name() for p in made.linears.values()} == {"gptq"}
     assert all(p.scheme.activations is not None for p in made.linears.values())
     assert [s.name() for s in made.rewrites] == ["smoothquant"]
+
+
+def test_pruning_alone_is_stored_dense_and_said(tied):
+    made = plan(tied, "magnitude:skip=[*.layers.1.*]")
+    assert made.linears == {} and not made.quantizes
+    assert len(made.pruned) == len(made.left_alone) == 7
+    assert {p.zeros.label() for p in made.pruned.values()} == {"50 % zeros"}
+    assert any("neither smaller nor faster" in note for note in made.notes)
+    assert not any("neither smaller" in note for note in plan(tied, "rtn").notes)
+
+
+def test_pruning_then_rounding_is_one_work_of_two_steps(tied):
+    made = plan(tied, "magnitude:pattern=2:4,only=[*.mlp.*]", "rtn:bits=4,group_size=16,skip=[*.up_proj]")
+    work = {name.split(".")[-1]: made.work(name) for name in (*made.linears, *made.pruned)}
+    assert [s.name() for s in work["gate_proj"].steps] == ["magnitude", "rtn"]
+    assert work["gate_proj"].label() == "W4 g16 symmetric, 50 % zeros, 2:4"
+    assert [s.name() for s in work["q_proj"].steps] == ["rtn"] and work["q_proj"].pruned is None
+    assert [s.name() for s in work["up_proj"].steps] == ["magnitude"] and work["up_proj"].rounded is None
+    assert work["up_proj"].label() == "dense, 50 % zeros, 2:4"
+    assert made.left_alone == () and made.work("model.layers.0.no_such") is None
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    q = work["gate_proj"].form(weight, {})
+    assert ((q.dequantize() == 0).view(6, -1, 4).sum(-1) >= 2).all()
+    assert torch.equal(q.dequantize() == 0, work["gate_proj"].form(weight.clone(), {}).dequantize() == 0)
+
+
+def test_a_default_rounds_what_a_later_step_prunes(tied):
+    made = plan(tied, "smoothquant", "magnitude")
+    assert {tuple(s.name() for s in made.work(n).steps) for n in made.linears} == {
+        ("magnitude", "smoothquant")
+    }
+    assert all(p.scheme.activations is not None for p in made.linears.values())
 
 
 def test_patterns_share_a_model_between_steps(tied):

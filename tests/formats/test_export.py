@@ -24,6 +24,12 @@ RECIPES = {
     "asymmetric": ["rtn:symmetric=false,group_size=16", "embedding:bits=4"],
     "rounded inputs": ["smoothquant:token=[*.o_proj]", "embedding"],
     "tables alone": ["embedding:bits=4"],
+    "pruned": ["magnitude"],
+    "pruned and packed": [
+        "magnitude:pattern=2:4",
+        "rtn:bits=4,symmetric=false,skip=[*.down_proj]",
+        "embedding",
+    ],
 }
 
 
@@ -144,6 +150,16 @@ def test_only_a_finished_result_is_exported(result, tmp_path):
     (tmp_path / "manifest.json").write_text("[]")
     with pytest.raises(ExportError, match=r"manifest\.json cannot be read"):
         export(tmp_path, "dense")
+
+
+def test_a_result_in_which_nothing_is_quantized_is_dense_already(tmp_path):
+    folder, _, _ = finished(tmp_path, "tied", ["magnitude"])
+    with pytest.raises(ExportError, match="run is dense already: nothing in it is quantized"):
+        export(folder, "dense", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    (folder / "manifest.json").unlink()
+    with pytest.raises(FrugalError, match="not compressed"):
+        Decoded(folder)
 
 
 def test_a_damaged_folder_leaves_nothing_behind(tmp_path):

@@ -11,7 +11,9 @@ from frugallm.cli.options import Debug
 
 
 def new(
-    family: Annotated[str, typer.Argument(metavar="FAMILY", help="folder of the method, e.g. quantize")],
+    family: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="folder of the method: quantize or unstructured")
+    ],
     name: Annotated[str, typer.Argument(metavar="NAME", help="name of the method, in snake_case")],
     to: Annotated[
         Path | None, typer.Option(metavar="DIR", help="folder to write to; default: the family's own")

@@ -1,13 +1,19 @@
 """The contract of post-training compression: what a method of this family writes, and what the walk does for it.
 
-A :class:`BlockMethod` works on decoder blocks. It may have two verbs and writes the one that its paper is about:
+A :class:`BlockMethod` works on decoder blocks. It may have three verbs and writes the one that its paper is about:
 
 ``rewrite(block, statistics)``
     Change the block without changing its function. Statistics are those of the block as it is before.
+``prune(weight, statistics)``
+    Set entries of one weight ``(out, in)`` to zero. The result is stored dense, or rounded by a later step.
 ``solve(weight, scheme, statistics)``
-    Choose the stored values of one weight ``(out, in)``. The walk calls it site by site in the order of computation,
-    with statistics of inputs that have passed through everything stored so far. Rows are independent of each other,
-    so linears that share an input are solved as one weight.
+    Choose the stored values of one weight ``(out, in)`` on a grid.
+
+The walk prunes and solves site by site in the order of computation, with statistics of inputs that have passed through
+everything stored so far. Where rows are independent of each other (``by_rows``), linears that share an input are one
+weight. Where an earlier step has pruned the weight, ``solve`` finds ``pruned``, bool ``(out, in)``, among its statistics:
+these entries are zero and stay zero. A solver that moves weights away from their nearest value must read it; for the
+others there is nothing to do, for every grid holds zero.
 
 A :class:`TableMethod` works on the embedding and the head, by rows. The walk owns everything else: loading, forwards,
 statistics, writing, progress, resume.
@@ -23,6 +29,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
+from frugallm.compress.prune.unstructured.masks import Pattern, Sparsity, pattern_share
 from frugallm.errors import ParameterError
 from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor, WeightScheme
 from frugallm.method import Method
@@ -46,6 +53,8 @@ class BlockMethod(Method):
     solve_needs: ClassVar[frozenset[str]] = frozenset()
     #: "step": the recipe's answer for its linears; "default": used where no later step solves them; "no": never.
     solves: ClassVar[Literal["step", "default", "no"]] = "no"
+    #: Rows of a weight do not see each other, so linears that share an input may be worked on as one weight.
+    by_rows: ClassVar[bool] = True
 
     skip: tuple[str, ...] = Field((), description="name patterns of linears to leave as they are")
     only: tuple[str, ...] = Field((), description="name patterns of the linears to work on; empty: all")
@@ -59,6 +68,20 @@ class BlockMethod(Method):
         """Whether this method has a ``rewrite`` verb."""
         return type(self).rewrite is not BlockMethod.rewrite
 
+    @property
+    def prunes(self) -> bool:
+        """Whether this method has a ``prune`` verb."""
+        return type(self).prune is not BlockMethod.prune
+
+    @property
+    def rounds(self) -> bool:
+        """Whether this step, with the parameters that it has, puts weights on a grid."""
+        return self.solves != "no"
+
+    def zeros(self, widths: Mapping[str, int]) -> Sparsity | None:
+        """Return how many weights of linears with these input widths will be zero, if the step prunes."""
+        return None
+
     def weights(self, widths: Mapping[str, int]) -> WeightScheme | None:
         """Return how the weights of linears with these input widths are to be stored."""
         return None
@@ -71,11 +94,51 @@ class BlockMethod(Method):
         """Change ``block`` without changing its function; ``statistics`` by site name."""
         raise NotImplementedError
 
+    def prune(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
+        """Return ``weight`` ``(out, in)`` float32 with zeros in it, as a tensor of its own."""
+        raise NotImplementedError
+
     def solve(
         self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]
     ) -> QuantizedTensor:
         """Return the stored form of ``weight`` ``(out, in)`` float32."""
         raise NotImplementedError
+
+
+class PruneMethod(BlockMethod):
+    """A method that sets a given share of every weight to zero; it writes ``prune``."""
+
+    sparsity: float = Field(0.5, ge=0, lt=1, description="share of every linear's weights that become zero")
+    pattern: Pattern = Field(
+        "unstructured", description="where zeros may lie: anywhere, or n of every m consecutive inputs (n:m)"
+    )
+
+    @property
+    def target(self) -> Sparsity:
+        """Share and pattern of the zeros."""
+        return Sparsity(share=self.sparsity, pattern=self.pattern)
+
+    def zeros(self, widths: Mapping[str, int]) -> Sparsity:
+        """Return share and pattern of the zeros in linears of these input widths.
+
+        Raises
+        ------
+        ParameterError
+            If the pattern fixes another share, or does not fit a width.
+        """
+        fixed, group = pattern_share(self.pattern), self.target.group
+        if fixed is not None and self.sparsity != fixed:
+            raise ParameterError(
+                f"{self.name()}: pattern {self.pattern} makes {fixed:g} of the weights zero, not sparsity {self.sparsity:g}",
+                "Leave sparsity out, or use pattern=unstructured",
+            )
+        for name, width in widths.items():
+            if group and width % group:
+                raise ParameterError(
+                    f"{self.name()}: pattern {self.pattern} does not fit the {width} inputs of {name}",
+                    "Use pattern=unstructured, or skip that linear",
+                )
+        return self.target
 
 
 class TableMethod(Method):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from torch import Tensor
+
 from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod, matches
+from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.errors import ParameterError, RecipeError
-from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, WeightScheme
+from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.method import Method
 
 if TYPE_CHECKING:
@@ -18,6 +21,11 @@ if TYPE_CHECKING:
 
 Modules = Literal["Linear", "Conv1D", "experts"]
 
+PRUNED_IS_DENSE = (
+    "zeros of pruned weights are stored like any other value: "
+    "by itself pruning makes the folder neither smaller nor faster"
+)
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -25,6 +33,59 @@ class LinearPlan:
 
     scheme: LinearScheme
     solver: BlockMethod
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """How many weights of one linear will be zero, and which step chooses them.
+
+    That step may be the one that rounds the linear as well: then it does both at once.
+    """
+
+    zeros: Sparsity
+    pruner: BlockMethod
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that is done to one linear's weights: they are pruned, rounded, or pruned and then rounded."""
+
+    pruned: PrunePlan | None
+    rounded: LinearPlan | None
+
+    @property
+    def steps(self) -> tuple[BlockMethod, ...]:
+        """The steps that work on the linear, in order."""
+        pruner = () if self.pruned is None else (self.pruned.pruner,)
+        solver = () if self.rounded is None else (self.rounded.solver,)
+        return pruner if pruner == solver else pruner + solver
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that the steps read."""
+        return frozenset().union(*(step.solve_needs for step in self.steps))
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for linears on which the same is done."""
+        return (*map(id, self.steps), None if self.rounded is None else self.rounded.scheme.weights)
+
+    def label(self) -> str:
+        """Return a short name such as ``W4 g64 symmetric, 50 % zeros``."""
+        parts = ["dense" if self.rounded is None else self.rounded.scheme.label()]
+        return ", ".join(parts + ([] if self.pruned is None else [self.pruned.zeros.label()]))
+
+    def form(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> QuantizedTensor | Tensor:
+        """Return what will be stored for ``weight`` ``(out, in)`` float32; a tensor is stored dense."""
+        if self.rounded is None:
+            assert self.pruned is not None
+            return self.pruned.pruner.prune(weight, statistics)
+        solver, scheme = self.rounded.solver, self.rounded.scheme.weights
+        if self.pruned is None or self.pruned.pruner is solver:
+            return solver.solve(weight, scheme, statistics)
+        weight = self.pruned.pruner.prune(weight, statistics)
+        zeros = weight == 0
+        return solver.solve(weight, scheme, {**statistics, "pruned": zeros}).with_zeros(zeros)
 
 
 @dataclass(frozen=True)
@@ -44,11 +105,13 @@ class Plan:
     rewrites
         Steps that rewrite blocks before they are solved, in order.
     linears
-        Full name of each linear that will be compressed, in the order of computation.
+        Full name of each linear that will be quantized, in the order of computation.
+    pruned
+        Full name of each linear that will be pruned; it is quantized as well if it stands in ``linears``.
     tables
         Names of the embedding and, where it is a weight of its own, the head.
     left_alone
-        Full names of block linears that no step stores.
+        Full names of block linears that no step works on.
     notes
         What the run should say about choices it made.
     modules
@@ -60,7 +123,18 @@ class Plan:
     tables: dict[str, TablePlan]
     left_alone: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
+    pruned: dict[str, PrunePlan] = field(default_factory=dict)
     modules: Modules = "Linear"
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is stored in another form than dense."""
+        return bool(self.linears or self.tables)
+
+    def work(self, name: str) -> Work | None:
+        """Return what is done to the weights of the linear of that full name, if anything."""
+        pruned, rounded = self.pruned.get(name), self.linears.get(name)
+        return None if pruned is None and rounded is None else Work(pruned, rounded)
 
 
 def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
@@ -94,13 +168,14 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
     _check_order(blocks, names)
     notes: list[str] = []
     linears = _plan_linears(blocks, names, widths, notes)
+    pruned = _plan_pruned(blocks, names, widths, notes)
     plan_tables = _plan_tables(tables, checkpoint, notes)
-    left = tuple(n for n in names if n not in linears)
+    left = tuple(n for n in names if n not in linears and n not in pruned)
     if blocks and left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         notes.append(f"left in 16 bits: {shown}")
     rewrites = tuple(s for s in blocks if s.rewrites)
-    return Plan(rewrites, linears, plan_tables, left, tuple(notes), _modules(linears, family))
+    return Plan(rewrites, linears, plan_tables, left, tuple(notes), pruned, _modules(linears, family))
 
 
 def _modules(linears: Iterable[str], family: Family) -> Modules:
@@ -127,21 +202,30 @@ def _check_order(blocks: list[BlockMethod], names: list[str]) -> None:
     for later, step in enumerate(blocks):
         for earlier in blocks[:later]:
             shared = next((n for n in names if step.touches(n) and earlier.touches(n)), None)
-            if step.rewrites and earlier.rewrites and shared:
-                raise RecipeError(
-                    f"{step.name()} after {earlier.name()}: both set how the input of {shared} is rounded",
-                    "Keep one, or give them different linears with only and skip",
-                )
-            if step.rewrites and earlier.solves == "step":
-                raise RecipeError(
-                    f"{step.name()} after {earlier.name()}: a smoothing step after rounding would scale rounded weights",
-                    f"Put {step.name()} before {earlier.name()}",
-                )
-            if step.solves == "step" and earlier.solves == "step" and shared:
-                raise RecipeError(
-                    f"{step.name()} after {earlier.name()}: {shared} would be rounded twice",
-                    "Keep one, or give them different linears with only and skip",
-                )
+            conflict = _conflict(step, earlier, shared)
+            if conflict is not None:
+                reason, mend = conflict
+                raise RecipeError(f"{step.name()} after {earlier.name()}: {reason}", mend)
+
+
+def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tuple[str, str] | None:
+    """Return why ``step`` cannot come after ``earlier`` and the mend; ``shared`` is a linear of both, if there is one."""
+    rounds, rounded = (s.rounds and s.solves == "step" for s in (step, earlier))
+    keep_one = "Keep one, or give them different linears with only and skip"
+    swap = f"Put {step.name()} before {earlier.name()}"
+    if step.rewrites and earlier.rewrites and shared:
+        return f"both set how the input of {shared} is rounded", keep_one
+    if step.rewrites and rounded:
+        return "a smoothing step after rounding would scale rounded weights", swap
+    if step.rewrites and earlier.prunes:
+        return "a smoothing step after pruning would change what the zeros were chosen by", swap
+    if shared and rounds and rounded:
+        return f"{shared} would be rounded twice", keep_one
+    if shared and step.prunes and earlier.prunes:
+        return f"{shared} would be pruned twice", keep_one
+    if shared and step.prunes and rounded:
+        return f"{shared} is rounded by then, and its zeros would be chosen among rounded weights", swap
+    return None
 
 
 def _plan_linears(
@@ -151,7 +235,7 @@ def _plan_linears(
     activations: dict[str, ActivationScheme] = {}
     for step in blocks:
         for name in filter(step.touches, names):
-            if step.solves != "no":
+            if step.rounds:
                 solver[name] = (
                     step  # a later "step" replaces an earlier "default"; _check_order saw to the rest
                 )
@@ -171,6 +255,20 @@ def _plan_linears(
         for name in names
         if (s := solver.get(name)) is not None and id(s) in schemes
     }
+
+
+def _plan_pruned(
+    blocks: list[BlockMethod], names: list[str], widths: dict[str, int], notes: list[str]
+) -> dict[str, PrunePlan]:
+    found: dict[str, PrunePlan] = {}
+    for step in blocks:
+        mine = {n: widths[n] for n in names if step.prunes and step.touches(n)}
+        zeros = step.zeros(mine) if mine else None
+        if zeros is not None:
+            found.update((name, PrunePlan(zeros, step)) for name in mine)
+    if found:
+        notes.append(PRUNED_IS_DENSE)
+    return {name: found[name] for name in names if name in found}
 
 
 def _linear_scheme(weights: WeightScheme, activations: ActivationScheme | None) -> LinearScheme:

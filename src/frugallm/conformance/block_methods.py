@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import torch
 
 from frugallm.compress.contract import BlockMethod
+from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.conformance import parts
 from frugallm.conformance.examples import variants
 from frugallm.conformance.outcome import Check, CheckFailed, ensure
@@ -66,9 +68,17 @@ def checks(method: type[Method]) -> list[Check]:
     if method.rewrite is not BlockMethod.rewrite:
         found.append(a_rewrite_keeps_the_logits)
     if method.solve is not BlockMethod.solve:
-        found += [a_solver_leaves_its_inputs_alone, a_solver_treats_rows_alike]
+        found += [a_solver_leaves_its_inputs_alone, a_solver_keeps_the_zeros_of_an_earlier_step]
+        if method.by_rows:
+            found.append(a_solver_treats_rows_alike)
         if "second_moment" in method.solve_needs:
             found.append(a_solver_is_no_worse_than_nearest)
+    if method.prune is not BlockMethod.prune:
+        found += [a_pruner_zeroes_what_it_says, zeros_are_in_the_folder, zeros_stay_when_a_later_step_rounds]
+        if method.by_rows:
+            found.append(a_pruner_treats_rows_alike)
+        if "second_moment" in method.solve_needs:
+            found.append(a_pruner_is_no_worse_than_its_zeros)
     return found
 
 
@@ -105,19 +115,20 @@ def inputs_and_settings_stay_as_they_were(trial: Trial) -> None:
 
 
 def errors_are_finite_and_small_at_8_bits(trial: Trial) -> None:
-    """Every linear's error is a number below one, and close to nothing at 8 bits."""
+    """Every linear's error is a number below one, and close to nothing at 8 bits where nothing is pruned."""
     chosen: list[dict[str, Any]] = [{}]
     if any(name == "bits" and value == 8 for name, value in variants(trial.method)):
         chosen.append({"bits": 8})
     for parameters in chosen:
         run = trial.run(**parameters)
         for layer in layer_facts(run.job, run.place):
-            bits = run.job.plan.linears[layer["name"]].scheme.weights.bits
-            limit = EIGHT_BIT_ERROR if bits == 8 else 1.0
+            work = run.job.plan.work(layer["name"])
+            assert work is not None
+            exact = work.pruned is None and work.rounded is not None and work.rounded.scheme.weights.bits == 8
             for fact in ("weight_error", "error"):
                 error = layer.get(fact, 0.0)
-                good = math.isfinite(error) and error <= limit
-                ensure(good, f"{layer['name']}: {fact} {error:.3g} at {bits} bits")
+                good = math.isfinite(error) and error <= (EIGHT_BIT_ERROR if exact else 1.0)
+                ensure(good, f"{layer['name']}: {fact} {error:.3g} with {work.label()}")
 
 
 def claimed_bytes(run: Run) -> int:
@@ -203,7 +214,7 @@ def skipped_linears_stay_as_they_are(trial: Trial) -> None:
         for name in run.job.plan.left_alone:
             ensure(stored[f"{name}.weight"].dtype is run.job.stored, f"{pattern}: {name} is changed")
         left = {name.split(".")[-2] for name in run.job.plan.left_alone}
-        solved = {name.split(".")[-2] for name in run.job.plan.linears}
+        solved = {name.split(".")[-2] for name in (*run.job.plan.linears, *run.job.plan.pruned)}
         ensure(left == {"self_attn"} and solved <= {"mlp"}, f"{pattern}: leaves {left}, changes {solved}")
 
 
@@ -237,6 +248,22 @@ def _on_every_grid(trial: Trial, check: Any) -> None:
             raise CheckFailed(f"{name}={value!r}: {error}" if name else str(error)) from error
 
 
+def _with_every_pattern(trial: Trial, check: Any) -> None:
+    """Run a check ``check(step, zeros)`` with every value of every parameter with which the step only prunes."""
+    for name, value in [("", None), *variants(trial.method)]:
+        step = _step(trial, **({name: value} if name else {}))
+        try:
+            zeros = None if step.rounds else step.zeros({"x.linear": WIDTH})
+        except FrugalError:
+            continue
+        if zeros is None:
+            continue
+        try:
+            check(step, zeros)
+        except CheckFailed as error:
+            raise CheckFailed(f"{name}={value!r}: {error}" if name else str(error)) from error
+
+
 def a_solver_leaves_its_inputs_alone(trial: Trial) -> None:
     """Solvers are functions: tensors in, codes on the grid out."""
     _on_every_grid(trial, parts.solver_leaves_its_inputs_alone)
@@ -249,4 +276,60 @@ def a_solver_treats_rows_alike(trial: Trial) -> None:
 
 def a_solver_is_no_worse_than_nearest(trial: Trial) -> None:
     """Whoever reads the second moment must use it."""
-    _on_every_grid(trial, parts.solver_is_no_worse_than_nearest)
+    prunes = _step(trial).prunes
+    _on_every_grid(trial, partial(parts.solver_is_no_worse_than_nearest, prunes=prunes))
+
+
+def a_solver_keeps_the_zeros_of_an_earlier_step(trial: Trial) -> None:
+    """What a step before has pruned stays pruned."""
+    _on_every_grid(trial, parts.solver_keeps_zeros)
+
+
+def a_pruner_zeroes_what_it_says(trial: Trial) -> None:
+    """Pruners are functions: a tensor in, one with the claimed zeros out."""
+
+    def check(step: BlockMethod, zeros: Sparsity) -> None:
+        parts.pruner_zeroes_what_it_says(step.prune, zeros, WIDTH, step.solve_needs, by_rows=step.by_rows)
+
+    _with_every_pattern(trial, check)
+
+
+def a_pruner_treats_rows_alike(trial: Trial) -> None:
+    """The walk prunes linears that share an input as one weight, so rows must not see each other."""
+    _with_every_pattern(
+        trial, lambda step, _: parts.pruner_treats_rows_alike(step.prune, WIDTH, step.solve_needs)
+    )
+
+
+def a_pruner_is_no_worse_than_its_zeros(trial: Trial) -> None:
+    """Whoever reads the second moment must use it."""
+    _with_every_pattern(
+        trial, lambda step, _: parts.pruner_is_no_worse_than_its_zeros(step.prune, WIDTH, step.solve_needs)
+    )
+
+
+def zeros_are_in_the_folder(trial: Trial) -> None:
+    """Every linear is stored with the claimed zeros, and what is reported is what is stored; tables have none."""
+    for name, value in [("", None), *variants(trial.method)]:
+        parameters = {name: value} if name else {}
+        if name in ("", "sparsity", "pattern") and trial.accepts(**parameters):
+            run = trial.run(**parameters)
+            _ensure_zeros_of(run, f"{name}={value!r}: " if name else "", by_rows=_step(trial).by_rows)
+
+
+def zeros_stay_when_a_later_step_rounds(trial: Trial) -> None:
+    """Pruned first and rounded then, a weight is zero wherever it was pruned."""
+    for bits in (3, 8):
+        steps = [trial.method(), parts.Nearest(bits=bits)]
+        job = job_for(InMemory(random_model("tied")), steps, windows("tied"))
+        run = carry_out(job, trial.out())
+        _ensure_zeros_of(run, f"rounded to {bits} bits: ", by_rows=_step(trial).by_rows, rounded=True)
+
+
+def _ensure_zeros_of(run: Run, what: str, *, by_rows: bool, rounded: bool = False) -> None:
+    stored, reported = run.place.stored(run.job), {f["name"]: f for f in layer_facts(run.job, run.place)}
+    for name, plan in run.job.plan.pruned.items():
+        value = stored.tensor(f"{name}.weight")
+        parts.ensure_zeros(value, plan.zeros, what + name, by_rows=by_rows, rounded=rounded)
+        same = reported[name]["zeros"] == int((value == 0).sum())
+        ensure(same, f"{what}{name}: {reported[name]['zeros']} zeros are reported")

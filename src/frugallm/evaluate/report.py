@@ -28,6 +28,8 @@ class ModelFacts(BaseModel):
         Bytes of all weight files of the folder.
     compressed_bits, whole_bits
         Bits per weight of the compressed part, and of the whole file, scales and all.
+    zeros
+        Share of zeros among the weights of the linears that were pruned.
     quality
         Perplexity, KL divergence, top-1 agreement and verdict.
     prefill, decode
@@ -46,6 +48,7 @@ class ModelFacts(BaseModel):
     file_bytes: int | None = None
     compressed_bits: float | None = None
     whole_bits: float | None = None
+    zeros: float | None = None
     quality: Evaluation | None = None
     prefill: Rate | None = None
     decode: Rate | None = None

@@ -35,6 +35,7 @@ def rows(report: Report) -> list[Row]:
         *(_row(report, "size", f"– {part}", "bytes", _part(part)) for part in parts),
         _row(report, "size", "compressed part", "bits/weight", lambda m: m.compressed_bits),
         _row(report, "size", "whole file", "bits/weight", lambda m: m.whole_bits),
+        _row(report, "size", "zeros in pruned linears", "share", lambda m: m.zeros),
         _row(report, "quality", f"perplexity{smoke}", "", lambda m: m.quality and m.quality.perplexity),
         _row(
             report,

@@ -149,7 +149,8 @@ def quantization_config(plan: Plan, family: Family, *, tied: bool) -> dict[str, 
         groups.append(_group(scheme, names))
     if ordered:
         groups.append(_group(ordered[-1][0], ["Linear"]))
-    ignore = list(plan.left_alone) if ordered else []
+    dense = [*plan.left_alone, *(name for name in plan.pruned if name not in plan.linears)]
+    ignore = dense if ordered else []
     tables = [*plan.tables, *([family.head] if tied and plan.tables else [])]
     for name, table in plan.tables.items():
         packed = table.scheme.bits != 8

@@ -54,6 +54,12 @@ class Decoded(PackedFolder):
         self.dtype = str(self.config.dtype).removeprefix("torch.")
         self._groups = [(g["targets"], scheme_of(g)) for g in self.settings["config_groups"].values()]
 
+    def read_settings(self) -> dict[str, Any]:
+        """Return ``quantization_config``; a result that is pruned and no more has none."""
+        if self.quantization is None and (self.path / "manifest.json").is_file():
+            return {"quant_method": self.method, "config_groups": {}}
+        return super().read_settings()
+
     @classmethod
     def only_read_here(cls, folder: Path) -> bool:
         """Whether plain ``transformers`` does not load it: zero points, an embedding in packed codes (``engines.yaml``)."""
@@ -82,6 +88,11 @@ class Decoded(PackedFolder):
         """Return the static input scale ``(1,)`` of a linear, if it has one."""
         parts = self._parts.get(path)
         return parts["input_scale"] if parts is not None and "input_scale" in parts else None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is stored in another form than dense."""
+        return bool(self._groups)
 
     @property
     def rounds_inputs(self) -> bool:

@@ -41,14 +41,14 @@ def table() -> tuple[Support, ...]:
 
 
 def schemes(plan: Plan) -> tuple[set[int], set[Inputs], set[int]]:
-    """Return the bits of weights, the kinds of inputs and the bits of tables that a plan stores."""
+    """Return the bits of weights, the kinds of inputs and the bits of tables that a plan stores; 16: not quantized."""
     weights: set[int] = set()
     inputs: set[Inputs] = set()
     for linear in plan.linears.values():
         weights.add(linear.scheme.weights.bits)
         rounded = linear.scheme.activations
         inputs.add("none" if rounded is None else "token" if rounded.dynamic else "static")
-    return weights, inputs, {t.scheme.bits for t in plan.tables.values()} or {16}
+    return weights or {16}, inputs, {t.scheme.bits for t in plan.tables.values()} or {16}
 
 
 def grids(plan: Plan) -> set[Grid]:

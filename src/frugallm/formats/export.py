@@ -114,6 +114,8 @@ def export(
     own = read_config(folder).get("quantization_config", {}).get("quant_method") == Own.method
     source = (Own if own else Decoded)(folder)
     source.validate()
+    if to == "dense" and not source.quantizes:
+        raise ExportError(f"{folder} is dense already: nothing in it is quantized", "Use it as it is")
     notes = [NOT_ROUNDED] if source.rounds_inputs and not chosen.rounds_inputs else []
     for note in notes:
         (progress or Progress()).event("warn", text=note)

@@ -110,7 +110,7 @@ class PackedFolder(SafetensorsFolder):
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
         super().__init__(folder, name)
-        self.settings: dict[str, Any] = self.quantization if isinstance(self.quantization, dict) else {}
+        self.settings = self.read_settings()
         if self.settings.get("quant_method") != self.method:
             raise ModelError(f"{self.path} is not compressed in the {self.method} format")
         packed: dict[str, dict[str, str]] = {}
@@ -121,6 +121,10 @@ class PackedFolder(SafetensorsFolder):
         self._parts = {path: Parts(self, path, n) for path, n in packed.items() if set(n) != {"weight"}}
         inside = {stored for path in self._parts for stored in packed[path].values()}
         self._plain = [stored for stored in self._shapes if stored not in inside]
+
+    def read_settings(self) -> dict[str, Any]:
+        """Return ``quantization_config`` of ``config.json``."""
+        return self.quantization if isinstance(self.quantization, dict) else {}
 
     @abstractmethod
     def packed_shape(self, parts: Parts) -> tuple[int, int]:

@@ -106,6 +106,13 @@ class QuantizedTensor:
             grouped = grouped - self.zero.float()[..., None]
         return (grouped * self.scale.float()[..., None]).view(rows, width).to(dtype)
 
+    def with_zeros(self, mask: Tensor) -> QuantizedTensor:
+        """Return the same with the codes of zero where ``mask`` ``(out, in)`` is true."""
+        groups = self.scale.shape[1]
+        zero = torch.zeros((), dtype=torch.int8) if self.zero is None else self.zero[..., None]
+        codes = self.codes.view(len(self.codes), groups, -1)
+        return replace(self, codes=torch.where(mask.view_as(codes), zero, codes).view_as(self.codes))
+
     def rows(self, start: int, stop: int) -> QuantizedTensor:
         """Return rows ``start`` to ``stop`` as a tensor of their own."""
         zero = None if self.zero is None else self.zero[start:stop].clone()

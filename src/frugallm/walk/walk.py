@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frugallm.compress.plan import LinearPlan, Plan
+from frugallm.compress.plan import Plan, Work
+from frugallm.compress.prune.unstructured.masks import choose_zeros
 from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.compress.quantize.solvers import proxy_loss
 from frugallm.errors import DataError
@@ -62,6 +63,13 @@ def _at_once(paths: list[str], block: Block) -> Iterator[list[str]]:
         lot.append(path)
         entries += size
     yield lot
+
+
+def _naive(weight: Tensor, form: QuantizedTensor | Tensor, work: Work) -> Tensor:
+    """Return what the same zeros and the same grid make of ``weight`` by magnitude and rounding alone."""
+    if work.pruned is not None:
+        weight = weight.masked_fill(choose_zeros(weight.abs(), work.pruned.zeros, "layer"), 0.0)
+    return weight if isinstance(form, Tensor) else round_to_nearest(weight, form.scheme).dequantize()
 
 
 @dataclass
@@ -278,74 +286,78 @@ class Walk:
     def _gather(self, block: Block, site: Site, solving: bool) -> Gather:
         needs: set[str] = set()
         for path in site.linears:
-            plan = self.plan.linears.get(block.full_name(path))
-            if plan is not None and solving:
-                needs |= plan.solver.solve_needs
-                if plan.scheme.activations is not None and not plan.scheme.activations.dynamic:
+            work, plan = self.plan.work(block.full_name(path)), self.plan.linears.get(block.full_name(path))
+            if work is not None and solving:
+                needs |= work.needs
+                if (
+                    plan is not None
+                    and plan.scheme.activations is not None
+                    and not plan.scheme.activations.dynamic
+                ):
                     needs.add("absmax")
         return Gather(needs, block.weight(site.name).shape[1])
 
     def _solve_site(self, done: SolvedBlock, site: Site, statistics: Statistics) -> None:
         """Solve the linears of ``site``; where statistics are used, those with one plan are solved as one weight.
 
-        Rows are independent of each other, so that changes nothing but the time: one factor serves them all.
+        Where rows are independent of each other that changes nothing but the time: one factor serves them all.
         """
         block = done.block
         together: dict[tuple[Any, ...], list[str]] = {}
-        plans: dict[str, LinearPlan] = {}
+        works: dict[str, Work] = {}
         for path in site.linears:
-            plan = self.plan.linears.get(block.full_name(path))
-            if plan is not None:
-                plans[path] = plan
-                alone = path if not plan.solver.solve_needs else ""
-                together.setdefault((id(plan.solver), plan.scheme.weights, alone), []).append(path)
+            work = self.plan.work(block.full_name(path))
+            if work is not None:
+                works[path] = work
+                shared = work.needs and all(step.by_rows for step in work.steps)
+                together.setdefault((work.key, "" if shared else path), []).append(path)
         for paths in together.values():
             for some in _at_once(paths, block):
-                self._solve_together(done, some, plans[some[0]], statistics)
+                self._solve_together(done, some, works[some[0]], statistics)
 
     def _solve_together(
-        self, done: SolvedBlock, paths: list[str], plan: LinearPlan, statistics: Statistics
+        self, done: SolvedBlock, paths: list[str], work: Work, statistics: Statistics
     ) -> None:
         weights = [done.block.weight(p) for p in paths]
-        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        stored = plan.solver.solve(weight, plan.scheme.weights, statistics)
+        form = work.form(weights[0] if len(weights) == 1 else torch.cat(weights), statistics)
         start = 0
-        for path in paths:
-            stop = start + done.block.weight(path).shape[0]
-            self._store(
-                done,
-                path,
-                stored.rows(start, stop),
-                self.plan.linears[done.block.full_name(path)],
-                statistics,
-            )
+        for path, weight in zip(paths, weights):
+            stop = start + weight.shape[0]
+            part = form[start:stop].clone() if isinstance(form, Tensor) else form.rows(start, stop)
+            own = self.plan.work(done.block.full_name(path))
+            assert own is not None
+            self._store(done, path, part, own, statistics)
             start = stop
 
     def _store(
-        self, done: SolvedBlock, path: str, q: QuantizedTensor, plan: LinearPlan, statistics: Statistics
+        self, done: SolvedBlock, path: str, form: QuantizedTensor | Tensor, work: Work, statistics: Statistics
     ) -> None:
-        original, value = done.block.weight(path), q.dequantize()
+        original = done.block.weight(path)
+        value = form.to(self.stored).float() if isinstance(form, Tensor) else form.dequantize()
         facts: dict[str, Any] = {
             "name": done.block.full_name(path),
-            "scheme": plan.scheme.label(),
-            "step": plan.solver.name(),
+            "scheme": work.label(),
+            "step": " ".join(step.name() for step in work.steps),
         }
         facts["weight_error"] = float((value - original).norm() / original.norm().clamp(min=1e-12))
+        if work.pruned is not None:
+            facts |= {"weights": value.numel(), "zeros": int((value == 0).sum())}
         if "second_moment" in statistics:
             h = statistics["second_moment"]
-            nearest = round_to_nearest(original, q.scheme).dequantize()
             size = max(proxy_loss(original, torch.zeros_like(original), h), 1e-30)
             facts["error"] = proxy_loss(original, value, h) / size
-            facts["baseline_error"] = proxy_loss(original, nearest, h) / size
+            facts["baseline_error"] = proxy_loss(original, _naive(original, form, work), h) / size
         done.layers.append(facts)
-        done.linears[path] = q
-        if plan.scheme.activations is not None and not plan.scheme.activations.dynamic:
+        if isinstance(form, QuantizedTensor):
+            done.linears[path] = form
+        scheme = None if work.rounded is None else work.rounded.scheme.activations
+        if scheme is not None and not scheme.dynamic:
             if not statistics["absmax"].any():
                 raise DataError(
                     f"no calibration token reached {facts['name']}, so its input has no range",
                     "Take more text (samples), or round that input per token",
                 )
-            done.input_scales[path] = static_scale(statistics["absmax"], plan.scheme.activations)
+            done.input_scales[path] = static_scale(statistics["absmax"], scheme)
         done.block.set_weight(path, value)
 
     # -- forwards --------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Post-training pruning: which weights become zero."""
