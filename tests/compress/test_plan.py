@@ -37,7 +37,7 @@ def plan(checkpoint, *steps):
             r"rtn after gptq: model.layers.0.\S+ would be rounded twice.*only and skip",
         ),
         (["rtn", "rtn:bits=8"], RecipeError, "would be rounded twice"),
-        (["smoothquant", "smoothquant"], RecipeError, "smoothquant after smoothquant: both set"),
+        (["smoothquant", "smoothquant"], RecipeError, "smoothquant after smoothquant: both scale"),
         (["embedding", "embedding"], RecipeError, "embedding stands twice"),
         (
             ["gptq:skip=[*.no_such]"],

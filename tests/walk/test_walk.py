@@ -12,7 +12,7 @@ from frugallm.models.open import dense_model
 from frugallm.recipe import Recipe
 from frugallm.walk import hidden
 from frugallm.walk.hidden import HiddenStates
-from frugallm.walk.statistics import AbsMax, Gather, SecondMoment
+from frugallm.walk.statistics import AbsMax, AbsMean, Gather, SecondMoment
 from frugallm.walk.walk import Walk, round_activations, static_scale
 
 NOTHING = Plan(rewrites=(), linears={}, tables={}, left_alone=())
@@ -76,12 +76,13 @@ def test_statistics_are_those_of_the_plain_models_inputs(kind, tmp_path):
     walk = walk_of(checkpoint, windows(kind), tmp_path)
     before = walk.hidden.values.clone()
     block = walk.load(0)
-    observed = walk.observe(block, frozenset({"absmax", "second_moment"}))
+    observed = walk.observe(block, frozenset({"absmax", "absmean", "second_moment"}))
     assert torch.equal(walk.hidden.values, before)
     assert observed.keys() == {site.name for site in checkpoint.family.sites}
     for name, statistics in observed.items():
         x = seen[block.full_name(name)]
         torch.testing.assert_close(statistics["absmax"], x.abs().amax(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(statistics["absmean"], x.abs().mean(0), rtol=1e-4, atol=1e-6)
         direct = (x.double().T @ x.double() / len(x)).float()
         torch.testing.assert_close(
             statistics["second_moment"], direct, rtol=1e-3, atol=1e-4 * float(direct.max())
@@ -91,11 +92,12 @@ def test_statistics_are_those_of_the_plain_models_inputs(kind, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics_of_pieces_are_those_of_the_whole(dtype):
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
-    gather = Gather({"absmax", "second_moment"}, 24)
+    gather = Gather({"absmax", "absmean", "second_moment"}, 24)
     for piece in (x[:7].view(1, 7, 24), x[7:8], x[8:].view(2, 21, 24)):
         gather.add(piece)
     values = gather.values()
     assert torch.equal(values["absmax"], x.float().abs().amax(0))
+    torch.testing.assert_close(values["absmean"].double(), x.double().abs().mean(0), rtol=1e-6, atol=0)
     exact = x.double().T @ x.double() / 50
     assert torch.equal(values["second_moment"], values["second_moment"].T)
     # bfloat16 inputs lose nothing: their products are exact in float32, only the order of sums differs
@@ -106,6 +108,7 @@ def test_statistics_of_pieces_are_those_of_the_whole(dtype):
 def test_no_input_leaves_statistics_zero():
     assert torch.equal(SecondMoment(3).value(), torch.zeros(3, 3))
     assert torch.equal(AbsMax(3).value(), torch.zeros(3))
+    assert torch.equal(AbsMean(3).value(), torch.zeros(3))
 
 
 @pytest.mark.parametrize("steps", [["gptq:bits=3"], ["smoothquant", "gptq:bits=8,group_size=-1"]])

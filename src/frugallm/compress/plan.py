@@ -115,7 +115,7 @@ def _check_order(blocks: list[BlockMethod], names: list[str]) -> None:
             shared = next((n for n in names if step.touches(n) and earlier.touches(n)), None)
             if step.rewrites and earlier.rewrites and shared:
                 raise RecipeError(
-                    f"{step.name()} after {earlier.name()}: both set how the input of {shared} is rounded",
+                    f"{step.name()} after {earlier.name()}: both scale the input of {shared}",
                     "Keep one, or give them different linears with only and skip",
                 )
             if step.rewrites and earlier.solves == "step":

@@ -76,17 +76,29 @@ class Block:
             self.state[name] = tensor.to(dtype).float()
         self.refresh()
 
+    def legal_scale(self, site: Site, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`scale_site` makes of a scale ``(in,)``.
+
+        Where the writer is a value projection, the scale is made equal over each query group.
+
+        Returns
+        -------
+        tuple
+            The scale of the writer's rows and that of the site's columns ``(in,)``.
+        """
+        if site.writer_kind != "heads":
+            return scale, scale
+        head_dim = self.weight(site.writer).shape[0] // self.kv_heads
+        repeats = self.heads // self.kv_heads
+        written = transforms.tie_over_group(scale, head_dim, repeats)
+        return written, transforms.repeat_over_group(written, head_dim, repeats)
+
     def scale_site(self, site: Site, scale: Tensor) -> None:
         """Divide the inputs of ``site`` by ``scale`` ``(in,)`` without changing the block's function.
 
-        Where the writer is a value projection, the scale is first made equal over each query group.
+        The scale is first made legal (:meth:`legal_scale`).
         """
-        written = scale
-        if site.writer_kind == "heads":
-            head_dim = self.weight(site.writer).shape[0] // self.kv_heads
-            repeats = self.heads // self.kv_heads
-            written = transforms.tie_over_group(scale, head_dim, repeats)
-            scale = transforms.repeat_over_group(written, head_dim, repeats)
+        written, scale = self.legal_scale(site, scale)
         for leaf in ("weight", "bias"):
             name = f"{site.writer}.{leaf}"
             if name in self.state:

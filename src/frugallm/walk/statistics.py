@@ -46,6 +46,23 @@ class AbsMax:
         return self.total
 
 
+class AbsMean:
+    """``mean |x_j|`` of every channel, ``(in,)``."""
+
+    def __init__(self, width: int) -> None:
+        self.total = torch.zeros(width)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in one piece ``(tokens, in)``."""
+        self.total += x.abs().sum(0, dtype=torch.float32)
+        self.tokens += x.shape[0]
+
+    def value(self) -> Tensor:
+        """Return the mean magnitude of every channel ``(in,)``."""
+        return self.total / max(self.tokens, 1)
+
+
 class SecondMoment:
     """``X^T X / tokens``, ``(in, in)`` float32.
 
@@ -73,7 +90,11 @@ class SecondMoment:
         return self.total.div_(max(self.tokens, 1))  # the one large tensor, not a copy of it
 
 
-STATISTICS: dict[str, type[Accumulator]] = {"absmax": AbsMax, "second_moment": SecondMoment}
+STATISTICS: dict[str, type[Accumulator]] = {
+    "absmax": AbsMax,
+    "absmean": AbsMean,
+    "second_moment": SecondMoment,
+}
 
 
 class Gather:
