@@ -5,10 +5,11 @@ import torch
 from shapes import random_weight
 
 from frugallm.compress.plan import make_plan
-from frugallm.compress.quantize.awq import AWQ, RANGES, best_ranges, best_scale
+from frugallm.compress.quantize.awq import AWQ, best_scale, scales
 from frugallm.compress.quantize.gptq import GPTQ
-from frugallm.compress.quantize.grids import fit
+from frugallm.compress.quantize.grids import fit, round_to_nearest
 from frugallm.compress.quantize.rtn import RTN
+from frugallm.compress.quantize.solvers import proxy_loss
 from frugallm.conformance.trial import carry_out, job_for, random_model, windows
 from frugallm.errors import RecipeError
 from frugallm.formats.quantized_tensor import WeightScheme
@@ -25,8 +26,8 @@ def uneven_inputs(seed=0, tokens=300):
     return (torch.randn(tokens, WIDTH, generator=generator) @ mix) * size
 
 
-def statistics_of(x):
-    return {"absmean": x.abs().mean(0), "second_moment": x.T @ x / len(x)}
+def moment_of(x):
+    return x.T @ x / len(x)
 
 
 def nearest(w, scheme):
@@ -40,65 +41,47 @@ def nearest(w, scheme):
     return (s * (q - z)).view(rows, width)
 
 
+@pytest.mark.parametrize("duo", [True, False])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_the_scale_is_the_one_that_leaves_the_output_closest(bits, symmetric):
+def test_the_scale_is_the_one_that_leaves_the_output_closest(bits, symmetric, duo):
     scheme = WeightScheme(bits=bits, symmetric=symmetric, group_size=16, scale_dtype="float32")
     weight, x = random_weight(40, WIDTH, 1), uneven_inputs()
-    losses, scales = [], []
+    magnitude = weight.double().abs().view(40, 3, 16)
+    share = (magnitude / magnitude.amax(-1, keepdim=True)).mean(0).view(WIDTH)
+    losses, wanted = [], [torch.ones(WIDTH, dtype=torch.float64)]
     for step in range(20):
         s = x.double().abs().mean(0) ** (step / 20)
-        s = s / (s.max() * s.min()).sqrt()
+        s = s / (share ** (1 - step / 20) + 1e-4) if duo else s
+        wanted.append(s / (s.max() * s.min()).sqrt())
+    for s in wanted:
         d = nearest(weight * s.float(), scheme) / s - weight
         losses.append(float((x.double() @ d.T).square().sum()))
-        scales.append(s)
-    best = min(range(20), key=losses.__getitem__)
-    assert best > 0 and losses[best] < 0.95 * losses[0]  # scaling helps here: the test can fail
-    found = best_scale(weight, statistics_of(x), scheme, 20)
-    torch.testing.assert_close(found.double(), scales[best], rtol=1e-5, atol=0)
+    best = min(range(21), key=losses.__getitem__)
+    assert best > 0 and losses[best] < 0.95 * losses[0]  # scaling helps here, so the test can fail
+    tried = list(scales(weight, x.abs().mean(0), scheme, 20, duo=duo))
+    torch.testing.assert_close(torch.stack(tried).double(), torch.stack(wanted), rtol=1e-5, atol=0)
+    found = best_scale(weight, moment_of(x), scheme, tried)
+    torch.testing.assert_close(found.double(), wanted[best], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group", [16, None])
-def test_the_ranges_are_those_that_leave_the_output_closest(symmetric, group):
-    scheme = WeightScheme(bits=3, symmetric=symmetric, group_size=group, scale_dtype="float32")
-    weight, x = random_weight(24, WIDTH, 2), uneven_inputs(3)
-    size = scheme.columns_per_scale(WIDTH)
-    scale, zero = best_ranges(weight, statistics_of(x)["second_moment"], scheme)
-    chosen = set()
-    for g in range(WIDTH // size):
-        columns = slice(g * size, (g + 1) * size)
-        w, inputs = weight[:, columns], x[:, columns].double()
-        alone = WeightScheme(bits=3, symmetric=symmetric, scale_dtype="float32")
-        widest = w.abs().amax(1, keepdim=True)
-        tried = [fit(w.clamp(-p * widest, p * widest), alone) for p in RANGES]
-        losses = []
-        for s, z in tried:
-            shift = 0 if z is None else z.double()
-            q = (torch.round(w.double() / s) + shift).clamp(*scheme.code_range)
-            losses.append((inputs @ (s.double() * (q - shift) - w).T).square().sum(0))
-        best = torch.stack(losses).argmin(0)
-        chosen |= set(best.tolist())
-        wanted = torch.stack([s[:, 0] for s, _ in tried])[best, torch.arange(len(w))]
-        torch.testing.assert_close(scale[:, g], wanted)
-        if zero is not None:
-            wanted = torch.stack([z[:, 0] for _, z in tried])[best, torch.arange(len(w))]
-            assert torch.equal(zero[:, g], wanted)
-    assert len(chosen) > 3
-
-
-def test_uniform_inputs_need_no_scale():
-    x = torch.randn(200, WIDTH).sign()
-    assert torch.equal(
-        best_scale(random_weight(8, WIDTH, 4), statistics_of(x), WeightScheme(bits=4), 20), torch.ones(WIDTH)
-    )
+def test_the_scale_loses_nothing_against_none():
+    scheme = WeightScheme(bits=3, group_size=16)
+    for seed in range(5):
+        weight, h = random_weight(8, WIDTH, seed), moment_of(uneven_inputs(seed))
+        s = best_scale(weight, h, scheme, scales(weight, torch.rand(WIDTH), scheme, 5, duo=True))
+        scaled, plain = (round_to_nearest(weight * one, scheme).dequantize() / one for one in (s, 1.0))
+        assert proxy_loss(weight, scaled, h) <= proxy_loss(weight, plain, h) * (1 + 1e-6)
 
 
 def test_channels_that_never_come_keep_the_scale_finite():
     x = uneven_inputs(5)
     x[:, ::7] = 0
-    scale = best_scale(random_weight(8, WIDTH, 6), statistics_of(x), WeightScheme(bits=3, group_size=16), 20)
-    assert scale.isfinite().all() and (scale > 0).all()
+    weight, scheme = random_weight(8, WIDTH, 6), WeightScheme(bits=3, group_size=16)
+    weight[:, 16:32] = 0
+    for duo in (True, False):
+        for scale in scales(weight, x.abs().mean(0), scheme, 20, duo=duo):
+            assert scale.isfinite().all() and (scale > 0).all()
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +94,7 @@ def run(model, steps, out):
 
 
 def test_without_scaling_and_clipping_it_is_rounding_to_nearest(model, tmp_path):
-    ours = run(model, [AWQ(grid=1, clip=False)], tmp_path / "awq").tensors()
+    ours = run(model, [AWQ(grid=1, duo=False, clip=False)], tmp_path / "awq").tensors()
     plain = run(model, [RTN()], tmp_path / "rtn").tensors()
     assert ours.keys() == plain.keys()
     assert all(torch.equal(ours[name], plain[name]) for name in plain)
