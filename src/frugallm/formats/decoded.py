@@ -16,7 +16,7 @@ from torch import Tensor
 
 from frugallm.errors import ModelError
 from frugallm.formats import compressed_tensors
-from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, WeightScheme
+from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.safetensors_folder import (
     SafetensorsFolder,
@@ -38,7 +38,9 @@ PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero
 def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
     """Return the scheme that one entry of ``config_groups`` describes."""
     weights, inputs = group["weights"], group["input_activations"]
-    activations = inputs and ActivationScheme(bits=inputs["num_bits"], dynamic=inputs["dynamic"])
+    activations = inputs and ActivationScheme(
+        bits=inputs["num_bits"], dynamic=inputs["dynamic"], outliers=inputs.get("outliers")
+    )
     return LinearScheme(
         weights=WeightScheme(
             bits=weights["num_bits"], symmetric=weights["symmetric"], group_size=weights["group_size"]
@@ -50,7 +52,7 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
 def only_read_here(folder: Path) -> bool:
     """Whether ``folder`` is a result of ``frugal run`` that plain ``transformers`` does not load.
 
-    Those are zero points, and an embedding in packed codes (``engines.yaml``).
+    Those are zero points, an embedding in packed codes, and inputs with outlier channels (``engines.yaml``).
     """
     if not (folder / "manifest.json").is_file():
         return False
@@ -58,7 +60,8 @@ def only_read_here(folder: Path) -> bool:
     packed_table = any(
         g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
     )
-    return packed_table or any(not g["weights"]["symmetric"] for g in groups)
+    own = any("outliers" in (g["input_activations"] or {}) for g in groups)
+    return packed_table or own or any(not g["weights"]["symmetric"] for g in groups)
 
 
 def load_decoded(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -175,9 +178,14 @@ class Decoded(Checkpoint):
 
     def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
         path = name.removesuffix(".weight")
-        scheme = self.scheme(path) if name != path else None
+        q = self.quantized(path) if name != path else None
+        return self._stored(name)[start:stop].clone() if q is None else q.dequantize()[start:stop]
+
+    def quantized(self, path: str) -> QuantizedTensor | None:
+        """Return the stored form of the weight of a linear or table; ``None``: it is stored as it is."""
+        scheme = self.scheme(path)
         if scheme is None:
-            return self._stored(name)[start:stop].clone()
+            return None
         tensors = {n: self._stored(n) for part in PARTS if (n := f"{path}.{part}") in self._holder}
         table = path in (self.family.embedding, self.family.head)
-        return compressed_tensors.decode_linear(path, tensors, scheme, table=table).dequantize()[start:stop]
+        return compressed_tensors.decode_linear(path, tensors, scheme, table=table)
