@@ -8,37 +8,15 @@ against its best. Each arm is a whole process; timed arms run several times, our
 from __future__ import annotations
 
 import argparse
-import shutil
-import statistics
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import peers
 import setting as common
-from harness import GIB, Measurement, facts, frugal, measure, spread, table, write_result
+from arms import base_perplexity, ours, run_arms, show, theirs
+from harness import GIB, facts, write_result
 
-HERE = Path(__file__).parent
 MOST_TIME, MOST_MEMORY, MOST_OF_ROUNDING_W3 = 0.40, GIB, 0.75
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way of compressing: a step of ours, or the options of the peer's script."""
-
-    options: tuple[str, ...]
-    ours: bool
-    timed: bool = False
-    method: str = "gptq"
-    bits: int = 4
-
-
-def ours(step: str, **more: Any) -> Arm:
-    return Arm((step,), True, **more)
-
-
-def theirs(*options: str, **more: Any) -> Arm:
-    return Arm(options, False, **more)
 
 
 ARMS = {
@@ -55,67 +33,6 @@ ARMS = {
     "llm-compressor gptq W3, imatrix": theirs("--bits=3", "--observer=imatrix_mse", bits=3),
     "frugallm rtn W3": ours("rtn:bits=3,group_size=64", method="rtn", bits=3),
 }
-
-
-def command(arm: Arm, place: dict[str, Path], out: Path, setting: common.Setting) -> list[str | Path]:
-    if arm.ours:
-        return frugal("run", place["model"], *arm.options, "--out", out, *setting.run_options())
-    script = HERE / "peer_llmcompressor.py"
-    fixed = ["--group-size=64", f"--threads={setting.threads}"]
-    files = ["--model", place["model"], "--tokens", place["tokens"], "--out", out]
-    return [place["python"], script, *files, *fixed, *arm.options]
-
-
-def facts_of(arm: Arm, run: Measurement) -> dict[str, Any]:
-    """Return what one process took. Compressing is the pass over the blocks on our side, ``oneshot`` on the peer's."""
-    stages = ("embedding", "compressing") if arm.ours else ("compress",)
-    return {
-        "seconds": run.seconds,
-        "processor_seconds": run.processor_seconds,
-        "compress_seconds": run.stage_seconds(*stages),
-        "peak_anonymous_bytes": run.peak_anonymous_bytes,
-        "peak_anonymous_bytes_compressing": run.stage_peak(*stages),
-        "peak_resident_bytes": run.peak_resident_bytes,
-        "stages": [asdict(s) for s in run.stages],
-    }
-
-
-def run_arms(
-    names: list[str], place: dict[str, Path], setting: common.Setting, repeats: int
-) -> dict[str, Any]:
-    """Run every arm once, the timed ones ``repeats`` times, in turn; ``place`` takes the output folders."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    for repeat in range(repeats):
-        for name in names:
-            arm = ARMS[name]
-            if repeat and not arm.timed:
-                continue
-            out = place["work"] / name.replace(" ", "-").replace(",", "")
-            for old in (out, out.with_name(out.name + ".partial")):
-                shutil.rmtree(old, ignore_errors=True)
-            measured = measure(
-                command(arm, place, out, setting), threads=setting.threads, log=out.with_suffix(".log")
-            )
-            runs[name].append(facts_of(arm, measured) | {"repeat": repeat})
-            print(
-                f"{name}: {measured.seconds:.0f} s, {measured.peak_anonymous_bytes / GIB:.2f} GiB", flush=True
-            )
-            place[name] = out
-    return {
-        name: {
-            "options": list(ARMS[name].options),
-            "seconds": spread([r["seconds"] for r in made], "s"),
-            "compress_seconds": spread([r["compress_seconds"] for r in made], "s"),
-            "peak_anonymous": spread([r["peak_anonymous_bytes"] for r in made], "bytes"),
-            "peak_anonymous_compressing": spread(
-                [r["peak_anonymous_bytes_compressing"] for r in made], "bytes"
-            ),
-            "peak_resident": spread([r["peak_resident_bytes"] for r in made], "bytes"),
-            "weights_bytes": common.folder_bytes(place[name]),
-            "runs": made,
-        }
-        for name, made in runs.items()
-    }
 
 
 def verdicts(
@@ -157,35 +74,6 @@ def verdicts(
     return found
 
 
-def show(arms: dict[str, Any], evaluations: dict[str, Any]) -> str:
-    header = ["arm", "perplexity", "KL (nats/token)", "top-1", "time (s)", "compressing (s)"]
-    header += ["peak anonymous (GiB)", "while compressing", "weights (MB)"]
-    rows = [["unquantized", f"{_base(evaluations):.2f}", "", "", "", "", "", "", ""]]
-    for name, arm in arms.items():
-        e = evaluations[name]
-        rows.append(
-            [
-                name,
-                f"{e.perplexity.value:.2f}",
-                f"{e.kl.value:.4f}",
-                f"{e.top1.value:.3f}",
-                # Arms that are there for their quality may have run beside other work.
-                f"{arm['seconds']['median']:.0f}" if ARMS[name].timed else "",
-                f"{arm['compress_seconds']['median']:.0f}" if ARMS[name].timed else "",
-                f"{arm['peak_anonymous']['max'] / GIB:.2f}",
-                f"{arm['peak_anonymous_compressing']['max'] / GIB:.2f}",
-                f"{arm['weights_bytes'] / 1e6:.0f}",
-            ]
-        )
-    return table(header, rows)
-
-
-def _base(evaluations: dict[str, Any]) -> float:
-    import math
-
-    return math.exp(statistics.fmean(next(iter(evaluations.values())).reference_nll_per_window))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common.add_options(parser)
@@ -203,7 +91,7 @@ def main() -> None:
         place["tokens"] = common.calibration_tokens(
             setting, place["model"], Path(work) / "tokens.safetensors"
         )
-        arms = run_arms(names, place, setting, args.repeats)
+        arms = run_arms({n: ARMS[n] for n in names}, place, setting, args.repeats)
         evaluations = common.evaluate_folders(setting, {n: place[n] for n in names}, place["model"])
     pairs = [
         (a, b)
@@ -220,13 +108,13 @@ def main() -> None:
         "facts": about,
         "setting": setting.facts() | {"group_size": 64, "symmetric": True, "repeats": args.repeats},
         "peer": peers.versions("llmcompressor", python),
-        "unquantized_perplexity": _base(evaluations),
+        "unquantized_perplexity": base_perplexity(evaluations),
         "arms": {n: arms[n] | {"evaluation": evaluations[n].model_dump(mode="json")} for n in names},
         "comparisons": comparisons,
         "verdicts": verdicts(arms, evaluations, comparisons),
     }
     path = write_result("gptq_vs_llmcompressor", content)
-    print(f"\n{show(arms, evaluations)}\n")
+    print(f"\n{show(ARMS, arms, evaluations)}\n")
     for text, verdict in content["verdicts"].items():
         print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
     print(f"\nWritten to {path}.")

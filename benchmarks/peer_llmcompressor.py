@@ -23,9 +23,11 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="dense Hugging Face folder")
     parser.add_argument("--tokens", required=True, help="safetensors file with the calibration tokens")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
+    parser.add_argument("--method", choices=("gptq", "rtn", "awq"), default="gptq")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true", help="zero points")
+    parser.add_argument("--duo-scaling", choices=("true", "false", "both"), default="true", help="of awq")
     parser.add_argument("--actorder", choices=("static", "none"), default="static")
     parser.add_argument("--observer", choices=OBSERVERS, default=OBSERVERS[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -42,14 +44,20 @@ def modifier(args: argparse.Namespace) -> object:
     weights = {
         "num_bits": args.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": not args.asymmetric,
         "strategy": "group",
         "group_size": args.group_size,
         "observer": args.observer,
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    rounding = QuantizationModifier(config_groups=groups, ignore=["lm_head"])
     if args.method == "rtn":
-        return QuantizationModifier(config_groups=groups, ignore=["lm_head"])
+        return rounding
+    if args.method == "awq":
+        from llmcompressor.modifiers.transform.awq import AWQModifier
+
+        duo = {"true": True, "false": False, "both": "both"}[args.duo_scaling]
+        return [AWQModifier(duo_scaling=duo), rounding]
     return GPTQModifier(
         config_groups=groups,
         ignore=["lm_head"],
@@ -76,7 +84,7 @@ def main() -> None:
 
     stage("compress")
     # Rounding with a plain observer looks at no data; imatrix does.
-    calibrated = args.method == "gptq" or args.observer == "imatrix_mse"
+    calibrated = args.method != "rtn" or args.observer == "imatrix_mse"
     oneshot(
         model=model,
         tokenizer=tokenizer,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from frugallm.evaluate import Evaluation
+    from frugallm.models.checkpoint import Checkpoint
 
 MODEL = "smollm2-135m-offgrid"
 CALIBRATION, EVALUATION = Path("wikitext2") / "valid.txt", Path("wikitext2") / "test.txt"
@@ -93,8 +94,13 @@ def calibration_tokens(setting: Setting, model: Path, file: Path) -> Path:
     return file
 
 
-def evaluate_folders(setting: Setting, candidates: dict[str, Path], reference: Path) -> dict[str, Evaluation]:
-    """Return one evaluation per candidate folder against ``reference``, all on the same windows."""
+def evaluate_folders(
+    setting: Setting, candidates: Mapping[str, Path | Checkpoint], reference: Path
+) -> dict[str, Evaluation]:
+    """Return one evaluation per candidate against ``reference``, all on the same windows.
+
+    A folder is loaded as :func:`frugallm.models.load` does it; a checkpoint is taken with the values that it reads.
+    """
     import torch
 
     from frugallm.evaluate import TextFacts, evaluate_all
@@ -107,7 +113,7 @@ def evaluate_folders(setting: Setting, candidates: dict[str, Path], reference: P
     text = text.model_copy(update={"name": str(EVALUATION)})
     windows = evaluation_windows(text, tokenizer, setting.windows, setting.window_length)
     found = evaluate_all(
-        {name: str(path) for name, path in candidates.items()},
+        {name: str(one) if isinstance(one, Path) else one for name, one in candidates.items()},
         str(reference),
         windows,
         text=TextFacts.of(text, windows),

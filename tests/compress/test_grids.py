@@ -2,9 +2,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import random_weight, schemes
+from shapes import moment, random_weight, schemes
 
-from frugallm.compress.quantize.grids import decode, encode, fit, round_to_nearest
+from frugallm.compress.quantize.grids import (
+    _candidates,
+    decode,
+    diagonal_blocks,
+    encode,
+    fit,
+    round_to_nearest,
+)
 from frugallm.formats.quantized_tensor import WeightScheme
 
 SIZES = st.sampled_from([1e-30, 1e-4, 1.0, 300.0, 1e30])
@@ -113,3 +120,23 @@ def test_importance_decides_where_the_error_goes():
     }
     assert error["heavy"][-1] < error["light"][-1]
     assert error["heavy"][0] >= error["light"][0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [16, None])
+def test_blocks_of_a_second_moment_choose_by_the_error_of_the_output(symmetric, group):
+    scheme = WeightScheme(bits=3, symmetric=symmetric, group_size=group, scale_dtype="float32")
+    weight, h = random_weight(12, 48, 2), moment(48, 300)
+    size = scheme.columns_per_scale(48)
+    scale, zero = fit(weight, scheme, "mse", diagonal_blocks(h, scheme))
+    found = decode(encode(weight, scale, zero, scheme), scale, zero).double()
+    tried = [decode(encode(weight, s, z, scheme), s, z).double() for s, z in _candidates(weight, scheme)]
+    best = set()
+    for g in range(48 // size):
+        part = slice(g * size, (g + 1) * size)
+        block = h[part, part].double()
+        losses = [((t - weight)[:, part] @ block * (t - weight)[:, part]).sum(1) for t in tried]
+        best |= set(torch.stack(losses).argmin(0).tolist())
+        ours = ((found - weight)[:, part] @ block * (found - weight)[:, part]).sum(1)
+        torch.testing.assert_close(ours, torch.stack(losses).amin(0), rtol=1e-4, atol=0)
+    assert len(best) > 3

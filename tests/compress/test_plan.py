@@ -59,7 +59,7 @@ def plan(checkpoint, *steps):
             "pattern 2:4 makes 0.5 of the weights zero, not sparsity 0.3.*Leave sparsity out",
         ),
         (["magnitude:only=[lm_head]"], ParameterError, "only pattern 'lm_head' matches no linear"),
-        (["smoothquant", "smoothquant"], RecipeError, "smoothquant after smoothquant: both set"),
+        (["smoothquant", "smoothquant"], RecipeError, "smoothquant after smoothquant: both scale"),
         (["embedding", "embedding"], RecipeError, "embedding stands twice"),
         (
             ["gptq:skip=[*.no_such]"],

@@ -124,7 +124,7 @@ def result(tmp_path_factory):
     ("to", "error", "says"),
     [
         ("dens", ExportError, "no format 'dens'. did you mean 'dense'?"),
-        ("gguf", ExportError, "no format 'gguf'. known: compressed-tensors, dense"),
+        ("gguf", ExportError, "no format 'gguf'. known: bitsandbytes, compressed-tensors, dense"),
         (
             "compressed-tensors",
             ExportError,

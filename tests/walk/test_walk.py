@@ -12,7 +12,7 @@ from frugallm.models.open import dense_model
 from frugallm.recipe import Recipe
 from frugallm.walk import hidden
 from frugallm.walk.hidden import HiddenStates
-from frugallm.walk.statistics import AbsMax, Gather, MeanSquare, SecondMoment
+from frugallm.walk.statistics import AbsMax, AbsMean, Gather, MeanSquare, SecondMoment
 from frugallm.walk.walk import Walk, round_activations, static_scale
 
 NOTHING = Plan(rewrites=(), linears={}, tables={}, left_alone=())
@@ -76,7 +76,7 @@ def test_statistics_are_those_of_the_plain_models_inputs(kind, tmp_path):
     walk = walk_of(checkpoint, windows(kind), tmp_path)
     before = walk.hidden.values.clone()
     block = walk.load(0)
-    observed = walk.observe(block, frozenset({"absmax", "mean_square", "second_moment"}))
+    observed = walk.observe(block, frozenset({"absmax", "absmean", "mean_square", "second_moment"}))
     assert torch.equal(walk.hidden.values, before)
     assert observed.keys() == {site.name for site in checkpoint.family.sites(checkpoint.config, 0)}
     for name, statistics in observed.items():
@@ -85,6 +85,7 @@ def test_statistics_are_those_of_the_plain_models_inputs(kind, tmp_path):
         torch.testing.assert_close(
             statistics["mean_square"], x.double().square().mean(0).float(), rtol=1e-3, atol=1e-6
         )
+        torch.testing.assert_close(statistics["absmean"], x.abs().mean(0), rtol=1e-4, atol=1e-6)
         direct = (x.double().T @ x.double() / len(x)).float()
         torch.testing.assert_close(
             statistics["second_moment"], direct, rtol=1e-3, atol=1e-4 * float(direct.max())
@@ -95,7 +96,7 @@ def test_statistics_are_those_of_the_plain_models_inputs(kind, tmp_path):
 def test_statistics_of_pieces_are_those_of_the_whole(dtype):
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = x.clone()
-    gather = Gather({"absmax", "mean_square", "second_moment"}, 24)
+    gather = Gather({"absmax", "absmean", "mean_square", "second_moment"}, 24)
     for piece in (x[:7].view(1, 7, 24), x[7:8], x[8:].view(2, 21, 24)):
         gather.add(piece)
     values = gather.values()
@@ -103,6 +104,7 @@ def test_statistics_of_pieces_are_those_of_the_whole(dtype):
     assert torch.equal(values["absmax"], x.float().abs().amax(0))
     mean = x.double().square().mean(0)
     torch.testing.assert_close(values["mean_square"].double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(values["absmean"].double(), x.double().abs().mean(0), rtol=1e-6, atol=0)
     exact = x.double().T @ x.double() / 50
     assert torch.equal(values["second_moment"], values["second_moment"].T)
     # bfloat16 inputs lose nothing: their products are exact in float32, only the order of sums differs
@@ -114,6 +116,7 @@ def test_without_any_token_all_inputs_count_alike():
     assert torch.equal(SecondMoment(3).value(), torch.eye(3))
     assert torch.equal(AbsMax(3).value(), torch.zeros(3))
     assert torch.equal(MeanSquare(3).value(), torch.zeros(3))
+    assert torch.equal(AbsMean(3).value(), torch.zeros(3))
 
 
 @pytest.mark.parametrize("steps", [["gptq:bits=3"], ["smoothquant", "gptq:bits=8,group_size=-1"]])

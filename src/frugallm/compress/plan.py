@@ -152,11 +152,7 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
             "a run needs at least one step", "For example: frugal run MODEL gptq:bits=4 --out DIR"
         )
     family = checkpoint.family
-    names = [
-        f"{family.block(i)}.{linear}"
-        for i in range(checkpoint.config.num_hidden_layers)
-        for linear in family.linears(checkpoint.config, i)
-    ]
+    names = checkpoint.linears()
     widths = {name: checkpoint.shape(f"{name}.weight")[1] for name in names}
     blocks = [s for s in steps if isinstance(s, BlockMethod)]
     tables = [s for s in steps if isinstance(s, TableMethod)]
@@ -214,7 +210,7 @@ def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tu
     keep_one = "Keep one, or give them different linears with only and skip"
     swap = f"Put {step.name()} before {earlier.name()}"
     if step.rewrites and earlier.rewrites and shared:
-        return f"both set how the input of {shared} is rounded", keep_one
+        return f"both scale the input of {shared}", keep_one
     if step.rewrites and rounded:
         return "a smoothing step after rounding would scale rounded weights", swap
     if step.rewrites and earlier.prunes:

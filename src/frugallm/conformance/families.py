@@ -24,7 +24,6 @@ from frugallm.formats.engines import loads_in_transformers
 from frugallm.formats.folder import write_dense
 from frugallm.formats.packed_folder import load_packed
 from frugallm.formats.stored import model_in_memory
-from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.in_memory import InMemory
 from frugallm.models.linears import to_plain
 from frugallm.models.offgrid import Offgrid
@@ -111,16 +110,6 @@ def tokens() -> Tensor:
     return torch.randint(67, (6, 48), generator=torch.Generator().manual_seed(7))
 
 
-def linears_of(checkpoint: Checkpoint) -> list[str]:
-    """Return the full names of all linears of all blocks in the order of computation."""
-    config, family = checkpoint.config, checkpoint.family
-    return [
-        f"{family.block(i)}.{linear}"
-        for i in range(config.num_hidden_layers)
-        for linear in family.linears(config, i)
-    ]
-
-
 # -- what every description has to bear; each check takes a model and an empty folder ------------------------------------
 
 
@@ -140,7 +129,7 @@ def every_matrix_of_a_block_is_a_linear_or_stays(model: Any, scratch: Path) -> N
     checkpoint = InMemory(model)
     checkpoint.validate()
     family, config = checkpoint.family, checkpoint.config
-    known = {f"{path}.weight" for path in linears_of(checkpoint)}
+    known = {f"{path}.weight" for path in checkpoint.linears()}
     for index in range(config.num_hidden_layers):
         others = [o for site in family.sites(config, index) for o in site.others]
         known |= {f"{family.block(index)}.{path}.weight" for path in others}
@@ -198,7 +187,7 @@ def the_offgrid_variant_computes_the_same(model: Any, scratch: Path) -> None:
     """``-offgrid`` has other weights and the same logits."""
     checkpoint = InMemory(model)
     offgrid = Offgrid(checkpoint)
-    first = f"{linears_of(checkpoint)[0]}.weight"
+    first = f"{checkpoint.linears()[0]}.weight"
     ensure(not torch.equal(offgrid.tensor(first), checkpoint.tensor(first)), "the weights are the same")
     ensure(_close(_logits(dense_model(offgrid)), _logits(model), 1e-4), "the logits moved")
 
@@ -214,7 +203,7 @@ def a_run_is_read_back_as_it_was_kept(model: Any, scratch: Path) -> None:
     """Every linear is compressed; the folder loads to the same logits, or plain ``transformers`` refuses it."""
     checkpoint = InMemory(model)
     run = carry_out(job_for(checkpoint, [GPTQ(bits=4, group_size=16)], tokens()), scratch / "out")
-    ensure(list(run.job.plan.linears) == linears_of(checkpoint), "not every linear was compressed")
+    ensure(list(run.job.plan.linears) == checkpoint.linears(), "not every linear was compressed")
     kept = _logits(model_in_memory(run.place.stored(run.job)))
     reader = Own if quant_method(run.job.plan) == Own.method else Decoded
     read = load_packed(reader(run.folder), torch.float32)

@@ -13,6 +13,9 @@ naive-         embedding and head in    ``weight`` int8 ``(vocabulary, width)``,
 quantized      8 bits                   its own name and shares the weight
 ============== ======================== ===================================================================================
 
+One key is our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded.
+Readers of the format refuse keys that they do not know, so none of them computes something else instead.
+
 Codes are stored unsigned, ``code + 2^(b-1)``, as a little-endian bit stream along each row. Packing is left to the
 ``compressed-tensors`` package, so that what is written is what it reads.
 """
@@ -106,13 +109,17 @@ def _input_arguments(scheme: LinearScheme) -> dict[str, Any] | None:
     if scheme.activations is None:
         return None
     dynamic = scheme.activations.dynamic
-    return {
+    arguments: dict[str, Any] = {
         "num_bits": scheme.activations.bits,
         "type": "int",
         "symmetric": True,
         "strategy": "token" if dynamic else "tensor",
         "dynamic": dynamic,
     }
+    if scheme.activations.outliers is not None:
+        # Not in the format: who does not know this key must refuse the folder rather than round everything.
+        arguments["outliers"] = scheme.activations.outliers
+    return arguments
 
 
 def _group(scheme: LinearScheme, targets: list[str], *, table: bool = False) -> dict[str, Any]:

@@ -29,7 +29,9 @@ PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero
 def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
     """Return the scheme that one entry of ``config_groups`` describes."""
     weights, inputs = group["weights"], group["input_activations"]
-    activations = inputs and ActivationScheme(bits=inputs["num_bits"], dynamic=inputs["dynamic"])
+    activations = inputs and ActivationScheme(
+        bits=inputs["num_bits"], dynamic=inputs["dynamic"], outliers=inputs.get("outliers")
+    )
     return LinearScheme(
         weights=WeightScheme(
             bits=weights["num_bits"], symmetric=weights["symmetric"], group_size=weights["group_size"]
@@ -62,12 +64,16 @@ class Decoded(PackedFolder):
 
     @classmethod
     def only_read_here(cls, folder: Path) -> bool:
-        """Whether plain ``transformers`` does not load it: zero points, an embedding in packed codes (``engines.yaml``)."""
+        """Whether plain ``transformers`` does not load it (``engines.yaml``).
+
+        Those are zero points, an embedding in packed codes, and inputs with outlier channels.
+        """
         groups = read_config(folder)["quantization_config"].get("config_groups", {}).values()
         packed_table = any(
             g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
         )
-        return packed_table or any(not g["weights"]["symmetric"] for g in groups)
+        outliers = any("outliers" in (g["input_activations"] or {}) for g in groups)
+        return packed_table or outliers or any(not g["weights"]["symmetric"] for g in groups)
 
     def summary(self) -> str:  # noqa: D102
         return f"compressed-tensors, {', '.join(sorted({scheme.label() for _, scheme in self._groups}))}"

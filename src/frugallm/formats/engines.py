@@ -11,8 +11,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from frugallm.compress.plan import Modules, Plan
+from frugallm.formats.quantized_tensor import ActivationScheme
 
-Inputs = Literal["none", "token", "static"]
+Inputs = Literal["none", "token", "static", "outliers"]
 Grid = Literal["symmetric", "asymmetric"]
 
 
@@ -46,9 +47,16 @@ def schemes(plan: Plan) -> tuple[set[int], set[Inputs], set[int]]:
     inputs: set[Inputs] = set()
     for linear in plan.linears.values():
         weights.add(linear.scheme.weights.bits)
-        rounded = linear.scheme.activations
-        inputs.add("none" if rounded is None else "token" if rounded.dynamic else "static")
+        inputs.add(_kind(linear.scheme.activations))
     return weights or {16}, inputs, {t.scheme.bits for t in plan.tables.values()} or {16}
+
+
+def _kind(rounded: ActivationScheme | None) -> Inputs:
+    if rounded is None:
+        return "none"
+    if rounded.outliers is not None:
+        return "outliers"
+    return "token" if rounded.dynamic else "static"
 
 
 def grids(plan: Plan) -> set[Grid]:

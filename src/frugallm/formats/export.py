@@ -33,6 +33,12 @@ def _write_dense(source: Decoded, folder: Path, _: Progress) -> None:
     open_checkpoint(folder)  # names, shapes and types are what the configuration asks for
 
 
+def _write_bitsandbytes(source: Decoded, folder: Path, _: Progress) -> None:
+    from frugallm.formats.bitsandbytes import write
+
+    write(source, folder)
+
+
 @dataclass(frozen=True)
 class Format:
     """A format to write.
@@ -58,6 +64,11 @@ FORMATS = {
         "a plain Hugging Face folder with the stored values written out, for programs that read nothing else",
         _write_dense,
         rounds_inputs=False,
+    ),
+    "bitsandbytes": Format(
+        "the 8-bit format of transformers with bitsandbytes, for results of llm_int8",
+        _write_bitsandbytes,
+        rounds_inputs=True,
     ),
 }
 

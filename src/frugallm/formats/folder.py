@@ -47,21 +47,39 @@ def part_names(checkpoint: Checkpoint) -> list[str]:
 
 def write_dense(checkpoint: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
     """Write an uncompressed copy of a model, part by part, in ``dtype``."""
+    write_model(checkpoint, folder, dtype, lambda name, value: {name: value.to(dtype)}, None)
+
+
+def write_model(
+    checkpoint: Checkpoint,
+    folder: Path,
+    dtype: torch.dtype,
+    encode: Encode,
+    quantization: Mapping[str, Any] | None,
+) -> None:
+    """Write a model, part by part, with what ``encode`` makes of each tensor.
+
+    ``dtype`` is the type of what is not quantized, ``quantization`` the ``quantization_config`` of ``config.json``.
+    """
     folder.mkdir(parents=True)
     family = checkpoint.family
     embedding = f"{family.embedding}.weight"
-    shards.write_shard(folder / "embedding.part", {embedding: checkpoint.tensor(embedding).to(dtype)})
+    shards.write_shard(folder / "embedding.part", dict(encode(embedding, checkpoint.tensor(embedding))))
     for i in range(checkpoint.config.num_hidden_layers):
-        state = {f"{family.block(i)}.{k}": v.to(dtype) for k, v in checkpoint.block_state(i).items()}
+        state: dict[str, Tensor] = {}
+        for name, value in checkpoint.block_state(i).items():
+            state.update(encode(f"{family.block(i)}.{name}", value))
         shards.write_shard(folder / f"block-{i:05d}.part", to_files(family, state))
-    rest = {n: checkpoint.tensor(n).to(dtype) for n in final_names(checkpoint)}
+    rest: dict[str, Tensor] = {}
+    for name in final_names(checkpoint):
+        rest.update(encode(name, checkpoint.tensor(name)))
     shards.write_shard(folder / "final.part", to_files(family, rest))
     parts = [folder / f"{name}.part" for name in part_names(checkpoint)]
     shards.merge(parts, folder)
     for part in parts:
         part.unlink()
     shards.write_bytes(
-        folder / "config.json", config_json(checkpoint, str(dtype).removeprefix("torch."), None)
+        folder / "config.json", config_json(checkpoint, str(dtype).removeprefix("torch."), quantization)
     )
     write_companions(checkpoint, folder)
 

@@ -51,16 +51,25 @@ class WeightScheme(BaseModel):
 
 
 class ActivationScheme(BaseModel):
-    """How a linear's input is rounded at run time: symmetric integers, one scale a tensor (static) or a token (dynamic)."""
+    """How a linear's input is rounded at run time: symmetric integers, one scale a tensor (static) or a token (dynamic).
+
+    Attributes
+    ----------
+    outliers
+        Magnitude from which on a value is an outlier: channels with one in any token of the call are not rounded, and
+        the scales of tokens cover the other values. ``None``: everything is rounded. Only with one scale a token.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: int = Field(8, ge=4, le=8)
     dynamic: bool = True
+    outliers: float | None = Field(None, gt=0)
 
     def label(self) -> str:
         """Return a short name such as ``A8 per token``."""
-        return f"A{self.bits} {'per token' if self.dynamic else 'static'}"
+        kept = "" if self.outliers is None else f" beside outliers from {self.outliers:g}"
+        return f"A{self.bits} {'per token' if self.dynamic else 'static'}{kept}"
 
 
 class LinearScheme(BaseModel):

@@ -114,6 +114,14 @@ class Checkpoint(ABC):
             raise ModelError(f"{self.where(name)}: rows {start}:{stop} of {name}, which has {count} rows")
         return self._finite(name, self._read(name, start, stop))
 
+    def linears(self) -> list[str]:
+        """Return the full names of all linears of all blocks in the order in which they are computed."""
+        return [
+            f"{self.family.block(index)}.{linear}"
+            for index in range(self.config.num_hidden_layers)
+            for linear in self.family.linears(self.config, index)
+        ]
+
     def block_state(self, index: int) -> dict[str, Tensor]:
         """Read all tensors of decoder block ``index``; names are relative to the block."""
         prefix = self.family.block(index) + "."

@@ -184,8 +184,10 @@ def name_in_files(family: Family, name: str) -> str:
 
 
 def to_files(family: Family, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as files hold them: renamed, and turned where ``transformers`` wants ``(in, out)``."""
+    """Return tensors as files hold them: renamed, and values turned where ``transformers`` wants ``(in, out)``."""
     return {
-        name_in_files(family, name): tensor.T if turned(family, name, tensor.shape) else tensor
+        name_in_files(family, name): tensor.T
+        if tensor.is_floating_point() and turned(family, name, tensor.shape)
+        else tensor
         for name, tensor in state.items()
     }

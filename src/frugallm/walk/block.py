@@ -87,10 +87,25 @@ class Block:
             self.state[name] = tensor.to(dtype).float()
         self.refresh()
 
+    def legal_scale(self, site: Site, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`scale_site` makes of a scale ``(in,)``.
+
+        Where the writer is a value projection, the scale is made equal over each query group.
+
+        Returns
+        -------
+        tuple
+            The scale of the writer's rows and that of the site's columns ``(in,)``.
+        """
+        if site.writer_kind != "heads":
+            return scale, scale
+        written = transforms.tie_over_group(scale, self.heads.width, self.heads.repeats)
+        return written, transforms.repeat_over_group(written, self.heads.width, self.heads.repeats)
+
     def scale_site(self, site: Site, scale: Tensor) -> None:
         """Divide the inputs of ``site`` by ``scale`` ``(in,)`` without changing the block's function.
 
-        Where the writer is a value projection, the scale is first made equal over each query group.
+        The scale is first made legal (:meth:`legal_scale`).
 
         Raises
         ------
@@ -99,10 +114,7 @@ class Block:
         """
         if site.writer is None:
             raise ValueError(f"nothing can absorb a scale on the input of {site.name}")
-        written = scale
-        if site.writer_kind == "heads":
-            written = transforms.tie_over_group(scale, self.heads.width, self.heads.repeats)
-            scale = transforms.repeat_over_group(written, self.heads.width, self.heads.repeats)
+        written, scale = self.legal_scale(site, scale)
         offset = self.family.gain_offset if site.writer_kind == "norm" else 0.0
         for leaf in ("weight", "bias"):
             name = f"{site.writer}.{leaf}"

@@ -46,6 +46,23 @@ class AbsMax:
         return self.total
 
 
+class AbsMean:
+    """``mean |x_j|`` of every channel, ``(in,)``."""
+
+    def __init__(self, width: int) -> None:
+        self.total = torch.zeros(width)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in one piece ``(tokens, in)``."""
+        self.total += x.abs().sum(0, dtype=torch.float32)
+        self.tokens += x.shape[0]
+
+    def value(self) -> Tensor:
+        """Return the mean magnitude of every channel ``(in,)``."""
+        return self.total / max(self.tokens, 1)
+
+
 class SecondMoment:
     """``X^T X / tokens``, ``(in, in)`` float32.
 
@@ -98,6 +115,7 @@ class MeanSquare:
 
 STATISTICS: dict[str, type[Accumulator]] = {
     "absmax": AbsMax,
+    "absmean": AbsMean,
     "mean_square": MeanSquare,
     "second_moment": SecondMoment,
 }

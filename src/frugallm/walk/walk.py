@@ -37,13 +37,29 @@ ENTRIES_SOLVED_AT_ONCE = 2**26
 def round_activations(x: Tensor, scheme: ActivationScheme, scale: Tensor | None) -> Tensor:
     """Round ``x (..., in)`` as engines do at run time: symmetric, one scale a tensor (given) or a token (from ``x``).
 
-    The scale of a token covers its largest magnitude with ``(2^b - 1) / 2`` codes, as in compressed-tensors.
+    The scale of a token covers its largest magnitude with ``(2^b - 1) / 2`` codes, as in compressed-tensors; beside
+    outliers with ``2^(b-1) - 1``, as in bitsandbytes.
     """
     last = 2 ** (scheme.bits - 1) - 1
+    if scheme.outliers is not None:
+        return _round_beside_outliers(x, scheme.outliers, last)
     if scale is None:
         scale = x.float().abs().amax(-1, keepdim=True) / ((2**scheme.bits - 1) / 2)
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return ((x.float() / scale).round_().clamp_(-last - 1, last) * scale).to(x.dtype)
+
+
+def _round_beside_outliers(x: Tensor, threshold: float, last: int) -> Tensor:
+    """Round ``x (..., in)`` to ``last`` codes either side, one scale a token, except channels with an outlier.
+
+    As bitsandbytes does it: a channel is left as it is in all tokens of the call if any of them reaches ``threshold``
+    there; the scale of a token covers all of its values that do not, those in such channels included.
+    """
+    outlier = x.abs() >= threshold
+    left = outlier.flatten(0, -2).any(0)  # (in,)
+    scale = x.float().masked_fill(outlier, 0).abs().amax(-1, keepdim=True) / last
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return torch.where(left, x, ((x.float() / scale).round_() * scale).to(x.dtype))
 
 
 def static_scale(absmax: Tensor, scheme: ActivationScheme) -> Tensor:

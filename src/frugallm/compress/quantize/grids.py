@@ -63,7 +63,9 @@ def fit(
         error; symmetric candidates come with either sign, so that the extreme value may use the one extra code at
         ``-2^(b-1)``, at no cost.
     importance
-        ``(in,)`` weights of the squared error, for instance the mean square of each input channel.
+        ``(in,)`` weights of the squared error, for instance the mean square of each input channel; or ``(groups,
+        columns, columns)`` blocks of a second moment (:func:`diagonal_blocks`): the squared error of what each group
+        contributes to the output, correlations within the group included.
 
     Returns
     -------
@@ -95,9 +97,18 @@ def _candidates(weight: Tensor, scheme: WeightScheme) -> list[tuple[Tensor, Tens
     return [*signed, (fit_symmetric(weight, scheme), None)]
 
 
+def diagonal_blocks(second_moment: Tensor, scheme: WeightScheme) -> Tensor:
+    """Return the blocks ``(groups, columns, columns)`` on the diagonal of ``(in, in)`` that belong to the groups."""
+    width = second_moment.shape[0]
+    size = scheme.columns_per_scale(width)
+    return torch.stack([second_moment[i : i + size, i : i + size] for i in range(0, width, size)])
+
+
 def _search(weight: Tensor, scheme: WeightScheme, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
     values = grouped(weight, scheme)
-    cost = None if importance is None else importance.view(-1, values.shape[-1])  # (groups, columns)
+    cost = importance
+    if cost is not None and cost.ndim == 1:
+        cost = cost.view(-1, values.shape[-1])  # (groups, columns)
     best = torch.full(values.shape[:2], torch.inf)
     scale, zero = torch.empty(0), None
     for s, z in _candidates(weight, scheme):
@@ -113,13 +124,20 @@ def _search(weight: Tensor, scheme: WeightScheme, importance: Tensor | None) -> 
 def _rounding_loss(
     values: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightScheme, cost: Tensor | None
 ) -> Tensor:
-    """Return the squared rounding error of each group, ``(out, groups)``, of ``values (out, groups, columns)``."""
+    """Return the squared rounding error of each group, ``(out, groups)``, of ``values (out, groups, columns)``.
+
+    ``cost`` is ``(groups, columns)`` or ``(groups, columns, columns)``.
+    """
     step = scale.float()[..., None]
     exact = values / step
     shift = torch.zeros_like(step) if zero is None else zero.float()[..., None]
     low, high = scheme.code_range
     nearest = exact.round().clamp_(low - shift, high - shift)
-    error = nearest.sub_(exact).square_()
+    error = nearest.sub_(exact)
+    if cost is not None and cost.ndim == 3:
+        weighted = torch.bmm(error.transpose(0, 1), cost).transpose(0, 1)  # (out, groups, columns)
+        return weighted.mul_(error).sum(-1) * step[..., 0].square()
+    error.square_()
     if cost is not None:
         error.mul_(cost)
     return error.sum(-1) * step[..., 0].square()

@@ -1,0 +1,126 @@
+"""What benchmarks against llm-compressor share: arms of both sides, run in turn, measured from outside."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import setting as common
+from harness import GIB, Measurement, frugal, measure, spread, table
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of compressing: steps of ours, or the options of the peer's script."""
+
+    options: tuple[str, ...]
+    ours: bool
+    timed: bool = False
+    method: str = "gptq"
+    bits: int = 4
+
+
+def ours(*steps: str, **more: Any) -> Arm:
+    """Return an arm of ours, given by its steps."""
+    return Arm(steps, True, **more)
+
+
+def theirs(*options: str, **more: Any) -> Arm:
+    """Return an arm of the peer, given by options of ``peer_llmcompressor.py``."""
+    return Arm(options, False, **more)
+
+
+def command(arm: Arm, place: dict[str, Path], out: Path, setting: common.Setting) -> list[str | Path]:
+    if arm.ours:
+        return frugal("run", place["model"], *arm.options, "--out", out, *setting.run_options())
+    script = HERE / "peer_llmcompressor.py"
+    fixed = ["--group-size=64", f"--threads={setting.threads}"]
+    files = ["--model", place["model"], "--tokens", place["tokens"], "--out", out]
+    return [place["python"], script, *files, *fixed, *arm.options]
+
+
+def facts_of(arm: Arm, run: Measurement) -> dict[str, Any]:
+    """Return what one process took. Compressing is the pass over the blocks on our side, ``oneshot`` on the peer's."""
+    stages = ("embedding", "compressing") if arm.ours else ("compress",)
+    return {
+        "seconds": run.seconds,
+        "processor_seconds": run.processor_seconds,
+        "compress_seconds": run.stage_seconds(*stages),
+        "peak_anonymous_bytes": run.peak_anonymous_bytes,
+        "peak_anonymous_bytes_compressing": run.stage_peak(*stages),
+        "peak_resident_bytes": run.peak_resident_bytes,
+        "stages": [asdict(s) for s in run.stages],
+    }
+
+
+def run_arms(
+    arms: Mapping[str, Arm], place: dict[str, Path], setting: common.Setting, repeats: int
+) -> dict[str, Any]:
+    """Run every arm once, the timed ones ``repeats`` times, in turn; ``place`` takes the output folders."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    for repeat in range(repeats):
+        for name, arm in arms.items():
+            if repeat and not arm.timed:
+                continue
+            out = place["work"] / name.replace(" ", "-").replace(",", "")
+            for old in (out, out.with_name(out.name + ".partial")):
+                shutil.rmtree(old, ignore_errors=True)
+            measured = measure(
+                command(arm, place, out, setting), threads=setting.threads, log=out.with_suffix(".log")
+            )
+            runs[name].append(facts_of(arm, measured) | {"repeat": repeat})
+            print(
+                f"{name}: {measured.seconds:.0f} s, {measured.peak_anonymous_bytes / GIB:.2f} GiB", flush=True
+            )
+            place[name] = out
+    return {
+        name: {
+            "options": list(arms[name].options),
+            "seconds": spread([r["seconds"] for r in made], "s"),
+            "compress_seconds": spread([r["compress_seconds"] for r in made], "s"),
+            "peak_anonymous": spread([r["peak_anonymous_bytes"] for r in made], "bytes"),
+            "peak_anonymous_compressing": spread(
+                [r["peak_anonymous_bytes_compressing"] for r in made], "bytes"
+            ),
+            "peak_resident": spread([r["peak_resident_bytes"] for r in made], "bytes"),
+            "weights_bytes": common.folder_bytes(place[name]),
+            "runs": made,
+        }
+        for name, made in runs.items()
+    }
+
+
+def show(arms: Mapping[str, Arm], runs: dict[str, Any], evaluations: dict[str, Any]) -> str:
+    """Return the Markdown table of all arms."""
+    header = ["arm", "perplexity", "KL (nats/token)", "top-1", "time (s)", "compressing (s)"]
+    header += ["peak anonymous (GiB)", "while compressing", "weights (MB)"]
+    rows = [["unquantized", f"{base_perplexity(evaluations):.2f}", "", "", "", "", "", "", ""]]
+    for name, arm in runs.items():
+        e = evaluations[name]
+        rows.append(
+            [
+                name,
+                f"{e.perplexity.value:.2f}",
+                f"{e.kl.value:.4f}",
+                f"{e.top1.value:.3f}",
+                # Arms that are there for their quality may have run beside other work.
+                f"{arm['seconds']['median']:.0f}" if arms[name].timed else "",
+                f"{arm['compress_seconds']['median']:.0f}" if arms[name].timed else "",
+                f"{arm['peak_anonymous']['max'] / GIB:.2f}",
+                f"{arm['peak_anonymous_compressing']['max'] / GIB:.2f}",
+                f"{arm['weights_bytes'] / 1e6:.0f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def base_perplexity(evaluations: dict[str, Any]) -> float:
+    """Return the perplexity of the model before compression."""
+    return math.exp(statistics.fmean(next(iter(evaluations.values())).reference_nll_per_window))
