@@ -16,7 +16,12 @@ from torch import Tensor
 
 from frugallm.errors import ModelError
 from frugallm.formats import compressed_tensors
-from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, WeightScheme
+from frugallm.formats.quantized_tensor import (
+    ActivationScheme,
+    LinearScheme,
+    QuantizedTensor,
+    WeightScheme,
+)
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.safetensors_folder import (
     SafetensorsFolder,
@@ -173,11 +178,16 @@ class Decoded(Checkpoint):
         except SafetensorError as error:
             raise ModelError(f"{self.where(name)}: {name} cannot be read ({error})") from error
 
-    def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """Return the stored form of a weight; ``None``: it is stored as it is."""
         path = name.removesuffix(".weight")
         scheme = self.scheme(path) if name != path else None
         if scheme is None:
-            return self._stored(name)[start:stop].clone()
+            return None
         tensors = {n: self._stored(n) for part in PARTS if (n := f"{path}.{part}") in self._holder}
         table = path in (self.family.embedding, self.family.head)
-        return compressed_tensors.decode_linear(path, tensors, scheme, table=table).dequantize()[start:stop]
+        return compressed_tensors.decode_linear(path, tensors, scheme, table=table)
+
+    def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
+        q = self.quantized(name)
+        return self._stored(name)[start:stop].clone() if q is None else q.dequantize()[start:stop]

@@ -46,6 +46,23 @@ class AbsMax:
         return self.total
 
 
+class MeanSquare:
+    """``mean x_j^2`` of every channel, ``(in,)``: the diagonal of the second moment without the rest of it."""
+
+    def __init__(self, width: int) -> None:
+        self.total = torch.zeros(width)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in one piece ``(tokens, in)``."""
+        self.total += x.float().square().sum(0)
+        self.tokens += x.shape[0]
+
+    def value(self) -> Tensor:
+        """Return the mean squares ``(in,)``."""
+        return self.total / max(self.tokens, 1)
+
+
 class SecondMoment:
     """``X^T X / tokens``, ``(in, in)`` float32.
 
@@ -73,7 +90,11 @@ class SecondMoment:
         return self.total.div_(max(self.tokens, 1))  # the one large tensor, not a copy of it
 
 
-STATISTICS: dict[str, type[Accumulator]] = {"absmax": AbsMax, "second_moment": SecondMoment}
+STATISTICS: dict[str, type[Accumulator]] = {
+    "absmax": AbsMax,
+    "mean_square": MeanSquare,
+    "second_moment": SecondMoment,
+}
 
 
 class Gather:
