@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,6 @@ def _write_gguf(source: Checkpoint, file: Path, request: Request) -> None:
         progress.event("stage", text="measuring the importance of input channels")
         importance = channel_importance(source, windows, progress)
     progress.event("stage", text="writing the file")
-    file.parent.mkdir(parents=True, exist_ok=True)
     summary = write_gguf(source, file, layout, importance, progress)
     read_back(file)
     progress.event("note", text=str(summary))
@@ -212,20 +212,17 @@ def export(
     source = _source(model, results_only=not chosen.suffix)
     if target.exists() and Path(model).exists() and target.samefile(model):
         raise OutputError(f"{target} is the model itself", "Choose another --out")
-    notes = [not_rounded(name)] if getattr(source, "rounds_inputs", False) and not chosen.rounds_inputs else []
+    notes = (
+        [not_rounded(name)] if getattr(source, "rounds_inputs", False) and not chosen.rounds_inputs else []
+    )
     for note in notes:
         progress.event("warn", text=note)
-    draft = target.with_name(target.name + DRAFT)
-    _remove(draft)  # left by an export that was killed
-    try:
+    with _draft(target) as draft:
         chosen.write(source, draft, Request(kind, tables, calibration, progress))
         if manifest is not None:
             from frugallm.formats import shards
 
             shards.write_bytes(draft / "README.md", _card(source, target, to, manifest, notes).encode())
-        _give_name(draft, target)
-    finally:
-        _remove(draft)
     return target
 
 
@@ -242,7 +239,9 @@ def find_format(to: str) -> tuple[Format, str]:
         raise ExportError(f"there is no format '{name}'", nearest(name, FORMATS))
     kinds = FORMATS[name].kinds()
     if kinds and not kind:
-        raise ExportError(f"{name} needs a type", f"For example {name}:{kinds[-4]}; known: {', '.join(kinds)}")
+        raise ExportError(
+            f"{name} needs a type", f"For example {name}:{kinds[-4]}; known: {', '.join(kinds)}"
+        )
     if kind and kind.upper() not in kinds:
         hint = nearest(kind.upper(), kinds) if kinds else f"Write --to {name}"
         raise ExportError(f"{name} has no type '{kind}'", hint)
@@ -274,7 +273,9 @@ def _target(model: str | Path, name: str, kind: str, out: str | Path | None, suf
     if out is not None:
         target = Path(out)
         if suffix and target.suffix != suffix:
-            raise OutputError(f"'{out}' does not end in {suffix}", f"Call it {target.name or 'model'}{suffix}")
+            raise OutputError(
+                f"'{out}' does not end in {suffix}", f"Call it {target.name or 'model'}{suffix}"
+            )
         return target
     path = Path(model)
     place = path.resolve() if path.exists() else Path(path.name)
@@ -299,20 +300,33 @@ def _source(model: str | Path, *, results_only: bool) -> Checkpoint:
     return open_checkpoint(model)
 
 
+@contextmanager
+def _draft(target: Path) -> Iterator[Path]:
+    """Give a name to write under; at the end it becomes ``target``, after an error nothing is left behind."""
+    from frugallm.formats import shards
+
+    draft = target.with_name(target.name + DRAFT)
+    _remove(draft)  # left by an export that was killed
+    made = [folder for folder in target.parents if not folder.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield draft
+        if target.is_dir():  # a file is replaced by the renaming itself
+            shutil.rmtree(target)
+        draft.replace(target)
+    except BaseException:
+        _remove(draft)
+        for folder in made:
+            folder.rmdir()
+        raise
+    shards.sync(target.parent)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _give_name(draft: Path, target: Path) -> None:
-    from frugallm.formats import shards
-
-    if target.is_dir():  # a file is replaced by the renaming itself
-        shutil.rmtree(target)
-    draft.replace(target)
-    shards.sync(target.parent)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -124,7 +124,9 @@ def pre_tokenizer_name(described: dict[str, Any], name: str) -> str:
         known: Splits = PRE[candidate]
         if (known.kind, known.pattern, known.ignore_merges) == (kind, pattern, ignores):
             return candidate
-    raise ExportError(f"{name}: the splits of its tokenizer have no name in GGUF that is known here", ELSEWHERE)
+    raise ExportError(
+        f"{name}: the splits of its tokenizer have no name in GGUF that is known here", ELSEWHERE
+    )
 
 
 def _splits(described: dict[str, Any]) -> tuple[str, str]:
