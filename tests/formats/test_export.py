@@ -124,7 +124,11 @@ def result(tmp_path_factory):
     ("to", "error", "says"),
     [
         ("dens", ExportError, "no format 'dens'. did you mean 'dense'?"),
-        ("gguf", ExportError, "no format 'gguf'. known: bitsandbytes, compressed-tensors, dense"),
+        (
+            "parquet",
+            ExportError,
+            "no format 'parquet'. known: bitsandbytes, compressed-tensors, dense, gguf",
+        ),
         (
             "compressed-tensors",
             ExportError,
@@ -139,6 +143,20 @@ def test_what_makes_no_sense_is_refused(to, error, says, result, tmp_path):
         export(result, to, tmp_path / "taken")
     assert says in str(caught.value) and "\n" not in str(caught.value)
     assert list((tmp_path / "taken").iterdir()) == [] and len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_folder_is_replaced_when_asked_for(result, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("x")
+    export(result, "dense", tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "old").exists()
+
+
+@pytest.mark.parametrize("options", [{"imatrix": True}, {"tables": "Q8_0"}, {"text": "x.txt"}])
+def test_what_only_gguf_has_is_refused_elsewhere(options, result, tmp_path):
+    with pytest.raises(FrugalError, match=r"--tables|imatrix"):
+        export(result, "dense", tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_a_finished_result_is_exported(result, tmp_path):

@@ -104,6 +104,18 @@ class GGUFFile(Checkpoint):
             if source in self._data.metadata
         }
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All metadata of the file: key to value."""
+        return self._data.metadata
+
+    def stored(self, name: str) -> tuple[str, np.ndarray]:
+        """Return the type of a tensor and its bytes ``(rows, bytes)``, rows in the order of ``transformers``."""
+        self.shape(name)
+        raw = self._data.raw(self._stored[name])
+        order = self._row_order(name, len(raw))
+        return self._data.tensors[self._stored[name]].kind.name, raw if order is None else raw[order]
+
     def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
         stored = self._stored[name]
         info = self._data.tensors[stored]

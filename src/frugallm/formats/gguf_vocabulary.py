@@ -1,0 +1,149 @@
+"""The tokenizer of a model as metadata of a GGUF file: the reverse of :mod:`frugallm.models.gguf_tokenizer`.
+
+GGUF names a pre-tokenizer instead of describing it, so only those can be written whose splits have a name.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from frugallm.errors import ExportError
+from frugallm.models.gguf_file import GGUFFile
+from frugallm.models.gguf_tokenizer import CONTROL, PRE, USER_DEFINED, Splits
+
+if TYPE_CHECKING:
+    from frugallm.models.checkpoint import Checkpoint
+
+NORMAL, UNUSED = 1, 5
+#: The name to write where several have the same splits.
+PREFERRED = ("gpt-2", "smollm", "llama-bpe", "tekken")
+ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+ELSEWHERE = "Hand it on in another format"
+
+
+def vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the metadata of a model's tokenizer and chat template: copied from a GGUF file, else made.
+
+    Raises
+    ------
+    ExportError
+        If GGUF has no way to say what the tokenizer does.
+    """
+    if isinstance(checkpoint, GGUFFile):
+        return {key: value for key, value in checkpoint.facts.items() if key.startswith("tokenizer.")}
+    rows = checkpoint.shape(f"{checkpoint.family.embedding}.weight")[0]
+    return from_tokenizer(checkpoint.tokenizer, rows, checkpoint.name)
+
+
+def from_tokenizer(tokenizer: Any, rows: int, name: str) -> dict[str, Any]:
+    """Describe a ``transformers`` tokenizer.
+
+    Parameters
+    ----------
+    tokenizer
+        One of the ``tokenizers`` library: a byte-level BPE.
+    rows
+        Rows of the embedding; ids that no token has are filled up, since llama.cpp counts tokens to know the rows.
+    name
+        What to call the model in messages.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(f"{name}: its tokenizer has no tokenizer.json", ELSEWHERE)
+    described = json.loads(backend.to_str())
+    model = described["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback"):
+        raise ExportError(
+            f"{name}: a tokenizer of kind {model['type']} is not written as GGUF", "Written: byte-level BPE"
+        )
+    found: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre_tokenizer_name(described, name),
+    }
+    tokens, kinds = _tokens(described, rows, name)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    found |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}
+    found |= {"tokenizer.ggml.merges": merges}
+    for role, attribute in ROLES.items():
+        number = getattr(tokenizer, f"{attribute}_token_id", None)
+        if number is not None:
+            found[f"tokenizer.ggml.{role}_token_id"] = int(number)
+    ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    found["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and (
+        ids[0] == tokenizer.bos_token_id
+    )
+    found["tokenizer.ggml.add_eos_token"] = tokenizer.eos_token_id is not None and (
+        ids[-1] == tokenizer.eos_token_id
+    )
+    return found | _templates(tokenizer.chat_template)
+
+
+def _tokens(described: dict[str, Any], rows: int, name: str) -> tuple[list[str], list[int]]:
+    by_id = {number: (token, NORMAL) for token, number in described["model"]["vocab"].items()}
+    for added in described["added_tokens"]:
+        by_id[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
+    if max(by_id) >= rows:
+        raise ExportError(
+            f"{name}: token {max(by_id)} of the tokenizer has no row in the embedding of {rows}",
+            "The tokenizer must be that of the model",
+        )
+    pairs = [by_id.get(number, (f"[PAD{number}]", UNUSED)) for number in range(rows)]
+    return [token for token, _ in pairs], [kind for _, kind in pairs]
+
+
+def _templates(template: str | dict[str, str] | None) -> dict[str, Any]:
+    if template is None:
+        return {}
+    if isinstance(template, str):
+        return {"tokenizer.chat_template": template}
+    named = {key: text for key, text in template.items() if key != "default"}
+    found: dict[str, Any] = {f"tokenizer.chat_template.{key}": text for key, text in named.items()}
+    if named:
+        found["tokenizer.chat_templates"] = sorted(named)
+    return found | ({"tokenizer.chat_template": template["default"]} if "default" in template else {})
+
+
+def pre_tokenizer_name(described: dict[str, Any], name: str) -> str:
+    """Return what GGUF calls the splits of a ``tokenizer.json``.
+
+    Raises
+    ------
+    ExportError
+        If they have no name, or the text is changed before it is split.
+    """
+    if described.get("normalizer") is not None:
+        raise ExportError(
+            f"{name}: its tokenizer changes the text ({described['normalizer']['type']}) before it splits it, "
+            "which GGUF cannot say",
+            ELSEWHERE,
+        )
+    kind, pattern = _splits(described.get("pre_tokenizer") or {})
+    ignores = bool(described["model"].get("ignore_merges"))
+    for candidate in PREFERRED:
+        known: Splits = PRE[candidate]
+        if (known.kind, known.pattern, known.ignore_merges) == (kind, pattern, ignores):
+            return candidate
+    raise ExportError(
+        f"{name}: the splits of its tokenizer have no name in GGUF that is known here", ELSEWHERE
+    )
+
+
+def _splits(described: dict[str, Any]) -> tuple[str, str]:
+    """Return kind and pattern of a pre-tokenizer as :class:`Splits` has them; an unknown one is of kind ''."""
+    steps = described.get("pretokenizers", [described])
+    *before, level = steps
+    if level.get("type") != "ByteLevel" or level.get("add_prefix_space"):
+        return "", ""
+    splits_words = level.get("use_regex", True)
+    if not before and splits_words:
+        return "gpt2", ""
+    if len(before) != 1:
+        return "", ""
+    first = before[0]
+    if first["type"] == "Digits" and first["individual_digits"] and splits_words:
+        return "digits", ""
+    isolated = first["type"] == "Split" and first["behavior"] == "Isolated" and not first["invert"]
+    if isolated and not splits_words:
+        return "pattern", first["pattern"].get("Regex", "")
+    return "", ""
