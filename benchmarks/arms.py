@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import statistics
@@ -61,39 +62,70 @@ def facts_of(arm: Arm, run: Measurement) -> dict[str, Any]:
 
 
 def run_arms(
-    arms: Mapping[str, Arm], place: dict[str, Path], setting: common.Setting, repeats: int
+    arms: Mapping[str, Arm],
+    place: dict[str, Path],
+    setting: common.Setting,
+    repeats: int,
+    *,
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Run every arm once, the timed ones ``repeats`` times, in turn; ``place`` takes the output folders."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
+    """Run every arm once, the timed ones ``repeats`` times, in turn; ``place`` takes the output folders.
+
+    What each run took is kept beside its folder. With ``resume``, what is there is not run again; an arm that is not
+    timed may also have its folder alone, from a benchmark that was broken off.
+    """
+    runs = {name: _kept(_folder(place, name), arm) if resume else [] for name, arm in arms.items()}
     for repeat in range(repeats):
         for name, arm in arms.items():
-            if repeat and not arm.timed:
+            out = place[name] = _folder(place, name)
+            if len(runs[name]) > repeat or (runs[name] and not arm.timed):
                 continue
-            out = place["work"] / name.replace(" ", "-").replace(",", "")
             for old in (out, out.with_name(out.name + ".partial")):
                 shutil.rmtree(old, ignore_errors=True)
             measured = measure(
                 command(arm, place, out, setting), threads=setting.threads, log=out.with_suffix(".log")
             )
             runs[name].append(facts_of(arm, measured) | {"repeat": repeat})
+            out.with_suffix(".runs.json").write_text(json.dumps(runs[name]))
             print(
                 f"{name}: {measured.seconds:.0f} s, {measured.peak_anonymous_bytes / GIB:.2f} GiB", flush=True
             )
-            place[name] = out
+    return {name: _summary(arms[name], made, place[name]) for name, made in runs.items()}
+
+
+def _folder(place: dict[str, Path], name: str) -> Path:
+    return place["work"] / name.replace(" ", "-").replace(",", "")
+
+
+def _kept(out: Path, arm: Arm) -> list[dict[str, Any]]:
+    record = out.with_suffix(".runs.json")
+    if not (out / "config.json").is_file():
+        return []
+    if record.is_file():
+        return json.loads(record.read_text())
+    return [] if arm.timed else [{"unmeasured": "the folder is of a benchmark that was broken off"}]
+
+
+def _summary(arm: Arm, made: list[dict[str, Any]], out: Path) -> dict[str, Any]:
+    units = {
+        "seconds": "s",
+        "compress_seconds": "s",
+        "peak_anonymous_bytes": "bytes",
+        "peak_anonymous_bytes_compressing": "bytes",
+        "peak_resident_bytes": "bytes",
+    }
+    known = [run for run in made if "seconds" in run]
+    spreads = {
+        key.replace("_bytes", ""): spread([run[key] for run in known], unit) if known else None
+        for key, unit in units.items()
+    }
+    weights = common.folder_bytes(out)
     return {
-        name: {
-            "options": list(arms[name].options),
-            "seconds": spread([r["seconds"] for r in made], "s"),
-            "compress_seconds": spread([r["compress_seconds"] for r in made], "s"),
-            "peak_anonymous": spread([r["peak_anonymous_bytes"] for r in made], "bytes"),
-            "peak_anonymous_compressing": spread(
-                [r["peak_anonymous_bytes_compressing"] for r in made], "bytes"
-            ),
-            "peak_resident": spread([r["peak_resident_bytes"] for r in made], "bytes"),
-            "weights_bytes": common.folder_bytes(place[name]),
-            "runs": made,
-        }
-        for name, made in runs.items()
+        "options": list(arm.options),
+        "timed": arm.timed,
+        **spreads,
+        "weights_bytes": weights,
+        "runs": made,
     }
 
 
@@ -113,8 +145,8 @@ def show(arms: Mapping[str, Arm], runs: dict[str, Any], evaluations: dict[str, A
                 # Arms that are there for their quality may have run beside other work.
                 f"{arm['seconds']['median']:.0f}" if arms[name].timed else "",
                 f"{arm['compress_seconds']['median']:.0f}" if arms[name].timed else "",
-                f"{arm['peak_anonymous']['max'] / GIB:.2f}",
-                f"{arm['peak_anonymous_compressing']['max'] / GIB:.2f}",
+                f"{arm['peak_anonymous']['max'] / GIB:.2f}" if arm["peak_anonymous"] else "",
+                f"{arm['peak_anonymous_compressing']['max'] / GIB:.2f}" if arm["peak_anonymous"] else "",
                 f"{arm['weights_bytes'] / 1e6:.0f}",
             ]
         )

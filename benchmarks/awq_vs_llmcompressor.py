@@ -112,7 +112,7 @@ def main() -> None:
         place["tokens"] = common.calibration_tokens(
             setting, place["model"], Path(work) / "tokens.safetensors"
         )
-        runs = run_arms({n: ARMS[n] for n in names}, place, setting, args.repeats)
+        runs = run_arms({n: ARMS[n] for n in names}, place, setting, args.repeats, resume=args.resume)
         candidates = {n: readable(place[n], n) for n in names}
         evaluations = common.evaluate_folders(setting, candidates, place["model"])
     pairs = [(a, b) for a in names for b in names if a != b and ARMS[a].ours and grid(a) == grid(b)]

@@ -50,8 +50,8 @@ def weight_only(result: dict[str, Any]) -> list[Row]:
             name,
             arm["evaluation"],
             arm["weights_bytes"],
-            arm["seconds"]["median"],
-            arm["peak_anonymous"]["max"],
+            arm["seconds"]["median"] if arm["timed"] else None,
+            arm["peak_anonymous"]["max"] if arm["timed"] else None,
         )
         for name, arm in result["arms"].items()
     ]

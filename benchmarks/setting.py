@@ -60,6 +60,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--work", type=Path, help="keep models and outputs there (default: a temporary folder)"
     )
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="with --work: keep what an earlier run of this benchmark made there",
+    )
+    parser.add_argument(
         "--only", nargs="*", default=[], help="run only these arms (names, or parts of names)"
     )
 

@@ -137,6 +137,7 @@ def results(tmp_path):
     setting = {"model": "m", "samples": 1, "seq_len": 2, "windows": 3, "window_length": 4, "threads": 5}
     setting |= {"calibration": "c.txt", "evaluation": "e.txt"}
     cost = {
+        "timed": True,
         "seconds": {"median": 7.0},
         "peak_anonymous": {"max": 2**30},
         "weights_bytes": 10**8,
