@@ -114,10 +114,11 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def replaced(block: Block, values: Iterable[tuple[Sublayer, Tensor | None]]) -> Iterator[None]:
-    """Let sublayers return these values (``None``: nothing) instead of computing."""
+    """Let sublayers return these values (``None``: nothing) instead of computing; their norms do nothing either."""
     before: list[tuple[nn.Module, str, nn.Module]] = []
     for sub, value in values:
-        for path in sub.modules:
+        norm = (sub.reads.writer,) if sub.reads.writer_kind == "norm" and sub.reads.writer else ()
+        for path in (*norm, *sub.modules):
             stand_in = _StandIn(value, sub.attention) if path == sub.modules[-1] else nn.Identity()
             owner_path, _, leaf = path.rpartition(".")
             owner = block.module.get_submodule(owner_path)

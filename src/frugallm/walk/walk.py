@@ -22,6 +22,7 @@ from frugallm.compress.prune.unstructured.masks import choose_zeros
 from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.compress.quantize.solvers import proxy_loss
 from frugallm.errors import DataError
+from frugallm.evaluate.precision import products_in
 from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor
 from frugallm.models.checkpoint import Checkpoint, meta_model
 from frugallm.models.family import Site, Sublayer, parallel
@@ -279,7 +280,9 @@ class Walk:
 
     def _finish_site(self, done: SolvedBlock, site: Site, gather: Gather, solving: bool) -> None:
         if solving:
-            self._solve_site(done, site, gather.values())
+            # Forwards run in bf16; a solver's own products must not.
+            with torch.autocast("cpu", enabled=False):
+                self._solve_site(done, site, gather.values())
         self._round_inputs(done, site)
 
     def _add(self, block: Block, inputs: list[tuple[Sublayer, HiddenStates]]) -> None:
@@ -360,9 +363,10 @@ class Walk:
             facts |= {"weights": value.numel(), "zeros": int((value == 0).sum())}
         if "second_moment" in statistics:
             h = statistics["second_moment"]
-            size = max(proxy_loss(original, torch.zeros_like(original), h), 1e-30)
-            facts["error"] = proxy_loss(original, value, h) / size
-            facts["baseline_error"] = proxy_loss(original, _naive(original, form, work), h) / size
+            with products_in(self.fast):  # facts for the report, to three digits
+                size = max(proxy_loss(original, torch.zeros_like(original), h), 1e-30)
+                facts["error"] = proxy_loss(original, value, h) / size
+                facts["baseline_error"] = proxy_loss(original, _naive(original, form, work), h) / size
         done.layers.append(facts)
         if isinstance(form, QuantizedTensor):
             done.linears[path] = form
