@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from frugallm.cli.main import main
+from frugallm.errors import FrugalError
+from frugallm.models import open_checkpoint
 
 
 def refusal(capsys: Any, *arguments: str) -> str:
@@ -101,3 +103,38 @@ def packed_copy(
 
     rewrite(target, change)
     return target
+
+
+def scatter(folder: Path, files: list[str]) -> None:
+    """Spread the tensors of a folder over files of these names, one after the other, with an index."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    places = {name: files[i % len(files)] for i, name in enumerate(sorted(tensors))}
+    for file in files:
+        part = {name: tensors[name] for name, place in places.items() if place == file}
+        save_file(part, folder / file, metadata={"format": "pt"})
+    path.unlink()
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def damage(intact: bytes, changes: list[tuple[float, int]]) -> bytes:
+    """Change bytes of a safetensors file: half of the places lie in the header."""
+    header = 8 + int.from_bytes(intact[:8], "little")
+    content = bytearray(intact)
+    for place, value in changes:
+        content[int(place * 2 % 1 * (header if place < 0.5 else len(content)))] = value
+    return bytes(content)
+
+
+def read_or_refused(folder: Path) -> None:
+    """Read everything; what fails must fail with one line that names the folder."""
+    failed = None
+    try:
+        checkpoint = open_checkpoint(folder, compressed=True)
+        for name in checkpoint.names():
+            checkpoint.tensor(name)
+    except FrugalError as error:
+        failed = error
+    line = str(failed)
+    assert failed is None or (failed.status == 2 and str(folder) in line and "\n" not in line), line

@@ -2,13 +2,22 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from frugallm.cli.main import main
 from frugallm.formats.awq_layout import unpack_gemm, unpack_gemv
 from frugallm.models import load, open_checkpoint
-from packed_folders import awq_parts, edit_settings, gemv_parts, packed_copy, refusal, rewrite
+from packed_folders import (
+    awq_parts,
+    damage,
+    edit_settings,
+    gemv_parts,
+    packed_copy,
+    read_or_refused,
+    refusal,
+    rewrite,
+)
 
 SETTINGS = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 UP = "model.layers.1.mlp.up_proj"
@@ -128,3 +137,24 @@ def test_settings_that_do_not_fit_are_one_line(packed, changed, said, capsys):
     edit_settings(packed, **changed)
     shown = refusal(capsys, "inspect", str(packed))
     assert said in shown and str(packed) in shown, shown
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    changes=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
+    )
+)
+def test_damaged_bytes_are_read_or_refused(packed, changes):
+    path = packed / "model.safetensors"
+    intact = path.read_bytes()
+    try:
+        path.write_bytes(damage(intact, changes))
+        read_or_refused(packed)
+    finally:
+        path.write_bytes(intact)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from frugallm.cli.main import main
-from frugallm.formats.bitsandbytes_layout import QuantState, round_beside_outliers, unpack_4bit, unpack_8bit
+from frugallm.formats.bitsandbytes_layout import QuantState, unpack_4bit, unpack_8bit
 from frugallm.models import load, open_checkpoint
-from packed_folders import edit_settings, packed_copy, refusal, rewrite
+from packed_folders import damage, edit_settings, packed_copy, read_or_refused, refusal, rewrite
 
 EIGHT = {
     "quant_method": "bitsandbytes",
@@ -86,17 +86,6 @@ def test_8_bits_are_rows_of_127ths():
     assert torch.allclose(unpack_8bit(codes, torch.tensor([2.54, 1.27])), expected, rtol=1e-6)
 
 
-def test_inputs_are_rounded_beside_outlier_channels():
-    x = torch.tensor([[0.5, 6.5, -1.27], [0.004, 0.3, 1.0], [0.0, 0.0, 0.0]])
-    rounded = round_beside_outliers(x, 6.0)
-    assert torch.equal(rounded[:, 1], x[:, 1])  # the channel of 6.5, in all tokens
-    assert torch.allclose(rounded[0], torch.tensor([0.5, 6.5, -1.27]), atol=1e-6)
-    assert torch.allclose(rounded[1], torch.tensor([1 / 127, 0.3, 1.0]), atol=1e-6)
-    assert torch.equal(rounded[2], x[2])
-    everything = round_beside_outliers(x, 0.0)
-    assert torch.allclose(everything[1, 1], torch.tensor(38 / 127)) and everything[0, 0] == 10 * 6.5 / 127
-
-
 def pack_8bit(path, weight):
     scb = weight.abs().amax(1)
     codes = (weight * 127 / scb[:, None]).round().to(torch.int8)
@@ -149,12 +138,28 @@ def test_folders_are_near_the_original_and_load(tiny_folder, eight, four):
             assert torch.equal(model.state_dict()[name], found)
 
 
-def test_8_bit_models_round_their_inputs(eight):
+def rounded(x, threshold):
+    """LLM.int8() of one call, ``(tokens, in)``, written out."""
+    found = x.clone()
+    left = [c for c in range(x.shape[1]) if float(x[:, c].abs().max()) >= threshold]
+    for token in range(len(x)):
+        scale = max(abs(v) for v in x[token].tolist() if abs(v) < threshold) / 127
+        for column in range(x.shape[1]):
+            if column not in left:
+                found[token, column] = round(float(x[token, column]) / scale) * scale
+    return found
+
+
+@pytest.mark.parametrize("threshold", [2.0, 0])
+def test_8_bit_models_round_their_inputs_beside_outlier_channels(eight, threshold):
+    edit_settings(eight, llm_int8_threshold=threshold)
     model, _ = load(eight)
     linear = model.get_submodule(UP)
-    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
-    assert (x.abs() >= 2).any() and not torch.equal(round_beside_outliers(x, 2.0), x)
-    assert torch.equal(linear(x), round_beside_outliers(x, 2.0) @ linear.weight.T)
+    x = torch.randn(10, 64, generator=torch.Generator().manual_seed(0))
+    assert 0 < (x.abs() >= 2).any(0).sum() < 40
+    expected = rounded(x, threshold or float("inf")) @ linear.weight.T
+    found = linear(x.view(2, 5, 64)).view(10, -1)
+    assert (found - expected).norm() < 1e-5 * expected.norm() < 1e-2 * (x @ linear.weight.T - found).norm()
 
 
 def test_inspect_says_what_it_is(eight, four, capsys):
@@ -234,3 +239,45 @@ def test_settings_that_do_not_fit_are_one_line(eight, changed, said, capsys):
     edit_settings(eight, **changed)
     shown = refusal(capsys, "inspect", str(eight))
     assert said in shown and str(eight) in shown, shown
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    changes=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
+    )
+)
+def test_damaged_bytes_are_read_or_refused_in_8_bits(eight, changes):
+    path = eight / "model.safetensors"
+    intact = path.read_bytes()
+    try:
+        path.write_bytes(damage(intact, changes))
+        read_or_refused(eight)
+    finally:
+        path.write_bytes(intact)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    changes=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
+    )
+)
+def test_damaged_bytes_are_read_or_refused_in_4_bits(four, changes):
+    path = four / "model.safetensors"
+    intact = path.read_bytes()
+    try:
+        path.write_bytes(damage(intact, changes))
+        read_or_refused(four)
+    finally:
+        path.write_bytes(intact)

@@ -6,16 +6,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finished_run import Heard, finished
 from frugallm.cli.main import main
 from frugallm.conformance import trial
 from frugallm.errors import ExportError, FrugalError, OutputError
 from frugallm.formats import export as module
 from frugallm.formats.decoded import Decoded
 from frugallm.formats.export import FORMATS, export
-from frugallm.formats.stored import model_in_memory
 from frugallm.models import load
-from frugallm.models.in_memory import InMemory
-from frugallm.progress import Progress
 from frugallm.recipe import Recipe
 from frugallm.report_files import manifest_of
 
@@ -31,32 +29,6 @@ RECIPES = {
         "embedding",
     ],
 }
-
-
-class Heard(Progress):
-    """Remembers what it was told."""
-
-    def __init__(self):
-        super().__init__()
-        self.events = []
-
-    def event(self, kind, **facts):
-        self.events.append((kind, facts))
-
-
-def finished(folder, kind, steps, stored=torch.bfloat16):
-    """Return a finished run, its folder under its name, and the values in it."""
-    checkpoint = InMemory(trial.random_model(kind))
-    job = trial.job_for(checkpoint, Recipe.parse(steps).steps, trial.windows(kind), stored=stored)
-    run = trial.carry_out(job, folder / "run")
-    shown = run.place.stored(job)
-    values = {name: shown.tensor(name) for name in shown.names()}
-    model = model_in_memory(shown)
-    (run.folder / "manifest.json").write_text(json.dumps(manifest_of(job, run.folder)))
-    (run.folder / "README.md").write_text('---\nlicense: "apache-2.0"\n---\n')
-    (run.folder / "LICENSE").write_text("do as you like\n")
-    run.place.finish()
-    return folder / "run", values, model
 
 
 @pytest.mark.parametrize("kind", trial.KINDS)
@@ -127,7 +99,7 @@ def result(tmp_path_factory):
         (
             "parquet",
             ExportError,
-            "no format 'parquet'. known: bitsandbytes, compressed-tensors, dense, gguf",
+            "no format 'parquet'. known: awq, bitsandbytes, compressed-tensors, dense, gguf, gptq",
         ),
         (
             "compressed-tensors",

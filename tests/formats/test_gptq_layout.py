@@ -2,15 +2,25 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from frugallm.cli.main import main
 from frugallm.errors import ModelError
 from frugallm.formats.gptq_layout import GPTQFolder, unpack
 from frugallm.formats.quantized_tensor import QuantizedTensor
 from frugallm.models import load, open_checkpoint
-from packed_folders import edit_settings, gptq_parts, packed_copy, refusal, rewrite
+from packed_folders import (
+    damage,
+    edit_settings,
+    gptq_parts,
+    packed_copy,
+    read_or_refused,
+    refusal,
+    rewrite,
+    scatter,
+)
 
 SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
@@ -96,6 +106,20 @@ def test_a_folder_is_the_model_that_its_codes_stand_for(tiny_folder, packed):
         assert torch.equal(read.rows(name, 3, 9), weight[3:9]), name
         assert torch.equal(model.state_dict()[name], weight), name
     assert tokenizer.decode(tokenizer("the")["input_ids"]) == "the"
+
+
+def test_the_tensors_of_a_linear_may_lie_in_different_files(packed, tmp_path, capsys):
+    whole = open_checkpoint(packed, compressed=True)
+    values = {name: whole.tensor(name) for name in whole.names()}
+    scatter(packed, ["one.safetensors", "model-2.safetensors", "3.safetensors"])
+    read = open_checkpoint(packed, compressed=True)
+    assert all(torch.equal(read.tensor(name), value) for name, value in values.items())
+    content = load_file(packed / "3.safetensors")
+    gone = next(name for name in content if name.endswith(".scales"))
+    content.pop(gone)
+    save_file(content, packed / "3.safetensors", metadata={"format": "pt"})
+    shown = refusal(capsys, "evaluate", str(packed))
+    assert f"3.safetensors lacks {gone}" in shown
 
 
 def test_a_layer_of_another_width_is_named_by_pattern(tiny_folder, tmp_path):
@@ -208,3 +232,24 @@ def test_a_truncated_file_is_one_line(packed, share, capsys):
 def test_another_format_is_not_taken_for_it(tiny_folder):
     with pytest.raises(ModelError, match="not compressed in the gptq format"):
         GPTQFolder(tiny_folder)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    changes=st.lists(
+        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
+    )
+)
+def test_damaged_bytes_are_read_or_refused(packed, changes):
+    path = packed / "model.safetensors"
+    intact = path.read_bytes()
+    try:
+        path.write_bytes(damage(intact, changes))
+        read_or_refused(packed)
+    finally:
+        path.write_bytes(intact)

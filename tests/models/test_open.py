@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from frugallm.errors import ModelError
 from frugallm.models import InMemory, SafetensorsFolder, dense_model, load, open_checkpoint
+from packed_folders import scatter
 
 IDS = torch.tensor([[3, 50, 7, 99, 12, 200, 4, 4, 31]])
 
@@ -56,6 +58,23 @@ def test_sharded_folder_equals_the_single_file(tiny_folder: Path, tmp_path: Path
     for name in whole.names():
         assert torch.equal(sharded.tensor(name), whole.tensor(name))
         assert torch.equal(sharded.rows(name, 1, 9), whole.tensor(name)[1:9])
+
+
+def test_shards_may_have_any_names(tiny_folder: Path, folder: Path) -> None:
+    whole = open_checkpoint(tiny_folder)
+    names = ["model-00002-of-00007.safetensors", "a b.safetensors", "q.fp32.safetensors", "ä-{x}.safetensors"]
+    scatter(folder, names)
+    (folder / "stray.safetensors").write_bytes(b"not listed, not read")
+    sharded = open_checkpoint(folder)
+    assert sharded.names() == whole.names()
+    assert all(torch.equal(sharded.tensor(name), whole.tensor(name)) for name in whole.names())
+    assert torch.equal(load(folder)[0](IDS).logits, dense_model(whole)(IDS).logits)
+
+
+def test_a_single_file_counts_before_an_index(tiny_folder: Path, folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "gone.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(folder).digest() == open_checkpoint(tiny_folder).digest()
 
 
 def test_tensors_are_fresh(tiny_folder: Path) -> None:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from frugallm.errors import ModelError
 from frugallm.formats.packed_folder import FLOAT_SCALES, PackedFolder, Parts, groups_of
-from frugallm.formats.quantized_tensor import QuantizedTensor, from_unsigned
-from frugallm.formats.words import unpack_words
+from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme, from_unsigned, to_unsigned
+from frugallm.formats.words import pack_words, unpack_words
 
 BITS = 4
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -57,6 +57,28 @@ def unpack_gemv(qweight: Tensor, qzeros: Tensor, scales: Tensor, groups: int) ->
     """Decode one linear of the version ``gemv``: ``(out, in)``."""
     codes = unpack_words(qweight, BITS, 8 * qweight.shape[1])
     return from_unsigned(codes, unpack_words(qzeros, BITS, groups), scales[:, :groups], BITS)
+
+
+def pack(q: QuantizedTensor) -> dict[str, Tensor]:
+    """Return the tensors of one linear in the version ``gemm``; a symmetric grid has zero points of 8."""
+    codes, zeros = to_unsigned(q)
+    return {
+        "qweight": pack_words(interleaved(codes.T.contiguous(), ORDER), BITS),
+        "qzeros": pack_words(interleaved(zeros.T.contiguous(), ORDER), BITS),
+        "scales": q.scale.T.contiguous(),
+    }
+
+
+def settings(scheme: WeightScheme, skipped: list[str]) -> dict[str, Any]:
+    """Return ``quantization_config`` for linears of one scheme, with the names of what is left as it is."""
+    return {
+        "quant_method": "awq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size or -1,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": skipped,
+    }
 
 
 class AWQFolder(PackedFolder):

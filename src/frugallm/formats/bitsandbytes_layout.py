@@ -40,7 +40,7 @@ from torch import Tensor
 
 from frugallm.errors import ModelError
 from frugallm.formats.packed_folder import FLOAT_SCALES, PackedFolder, Parts
-from frugallm.formats.quantized_tensor import QuantizedTensor
+from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,15 +94,6 @@ def unpack_8bit(weight: Tensor, scb: Tensor) -> Tensor:
     return weight.float() * scb.float()[:, None] * (1 / 127)
 
 
-def round_beside_outliers(x: Tensor, threshold: float) -> Tensor:
-    """Round ``x (..., in)`` to 8 bits with one scale a token, channels that reach ``threshold`` in any token excepted."""
-    values = x.float()
-    outlier = values.abs() >= threshold if threshold > 0 else torch.zeros_like(values, dtype=torch.bool)
-    scale = values.masked_fill(outlier, 0).abs().amax(-1, keepdim=True) / 127
-    rounded = (values / scale.clamp(min=torch.finfo(torch.float32).tiny)).round() * scale
-    return torch.where(outlier.flatten(0, -2).any(0), values, rounded).to(x.dtype)
-
-
 class BitsAndBytesFolder(PackedFolder):
     """A folder that ``transformers`` saved from a model in 8 or 4 bits of bitsandbytes."""
 
@@ -133,11 +124,12 @@ class BitsAndBytesFolder(PackedFolder):
         return f"bitsandbytes, 4 bits ({kind}{nested})"
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Round inputs of linears in 8 bits as LLM.int8() does."""
+        """Round inputs of linears in 8 bits as LLM.int8() does; a threshold of 0 leaves no channel out."""
+        from frugallm.formats.stored import round_inputs
+
+        scheme = ActivationScheme(bits=8, outliers=self._threshold or math.inf)
         for path in self.packed if self._eight else []:
-            model.get_submodule(path).register_forward_pre_hook(
-                lambda _, inputs: (round_beside_outliers(inputs[0], self._threshold),)
-            )
+            round_inputs(model.get_submodule(path), scheme, None)
 
     def packed_shape(self, parts: Parts) -> tuple[int, int]:  # noqa: D102
         if self._eight:

@@ -92,8 +92,7 @@ class Decoded(PackedFolder):
 
     def input_scale(self, path: str) -> Tensor | None:
         """Return the static input scale ``(1,)`` of a linear, if it has one."""
-        parts = self._parts.get(path)
-        return parts["input_scale"] if parts is not None and "input_scale" in parts else None
+        return self.part(path, "input_scale")
 
     @property
     def quantizes(self) -> bool:

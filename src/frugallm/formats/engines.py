@@ -18,11 +18,12 @@ Grid = Literal["symmetric", "asymmetric"]
 
 
 class Support(BaseModel):
-    """One row of the table: an engine on a device, and the schemes it loads."""
+    """One row of the table: an engine on a device, and the schemes it loads in a format."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
+    format: str = "compressed-tensors"
     version: str
     device: str
     weights: tuple[int, ...]
@@ -67,8 +68,8 @@ def grids(plan: Plan) -> set[Grid]:
 
 
 def loads(row: Support, weights: Iterable[int], inputs: Iterable[Inputs], tables: Iterable[int]) -> bool:
-    """Whether a row covers all of these."""
-    return (
+    """Whether a row is of the format of results and covers all of these."""
+    return row.format == "compressed-tensors" and (
         set(weights) <= set(row.weights) and set(inputs) <= set(row.inputs) and set(tables) <= set(row.tables)
     )
 
@@ -89,3 +90,13 @@ def engines_for(plan: Plan) -> list[Support]:
 def loads_in_transformers(plan: Plan) -> bool:
     """Whether plain transformers loads the result the default way."""
     return any(row.engine == "transformers" and row.seen != "no" for row in engines_for(plan))
+
+
+def readers_of(format: str) -> list[str]:
+    """Return a line for each engine that reads a format that results are exported to."""
+    return [
+        f"{row.engine} {row.version} on {row.device}: {', '.join(map(str, row.weights))} bits, "
+        f"{' and '.join(row.grids)} ({row.seen}{'; ' + row.note if row.note else ''})"
+        for row in table()
+        if row.format == format and row.seen != "no"
+    ]

@@ -52,7 +52,7 @@ class Request:
     progress: Progress = field(default_factory=Progress)
 
 
-def _write_dense(source: Decoded, folder: Path, _: Request) -> None:
+def _write_dense(source: Decoded, folder: Path, _: Request) -> list[str]:
     import torch
 
     from frugallm.formats.folder import write_dense
@@ -60,15 +60,29 @@ def _write_dense(source: Decoded, folder: Path, _: Request) -> None:
 
     write_dense(source, folder, getattr(torch, source.dtype))
     open_checkpoint(folder)  # names, shapes and types are what the configuration asks for
+    return []
 
 
-def _write_bitsandbytes(source: Decoded, folder: Path, _: Request) -> None:
+def _write_gptq(source: Decoded, folder: Path, request: Request) -> list[str]:
+    from frugallm.formats.packed_export import GPTQ, write_packed
+
+    return write_packed(source, folder, GPTQ, request.progress)
+
+
+def _write_awq(source: Decoded, folder: Path, request: Request) -> list[str]:
+    from frugallm.formats.packed_export import AWQ, write_packed
+
+    return write_packed(source, folder, AWQ, request.progress)
+
+
+def _write_bitsandbytes(source: Decoded, folder: Path, _: Request) -> list[str]:
     from frugallm.formats.bitsandbytes import write
 
     write(source, folder)
+    return []
 
 
-def _write_gguf(source: Checkpoint, file: Path, request: Request) -> None:
+def _write_gguf(source: Checkpoint, file: Path, request: Request) -> list[str]:
     from frugallm.formats.gguf_writer import make_layout, read_back, write_gguf
     from frugallm.walk.importance import channel_importance
 
@@ -85,6 +99,7 @@ def _write_gguf(source: Checkpoint, file: Path, request: Request) -> None:
     summary = write_gguf(source, file, layout, importance, progress)
     read_back(file)
     progress.event("note", text=str(summary))
+    return []
 
 
 def _windows(source: Checkpoint, wanted: Calibration) -> Any:
@@ -109,9 +124,10 @@ class Format:
     summary
         What it is, and what for.
     write
-        ``write(source, path, request)`` makes the folder or file; ``None``: a result of ``frugal run`` is in this format.
+        ``write(source, path, request)`` makes the folder or file and returns what the format cannot keep; ``None``: a
+        result of ``frugal run`` is in this format.
     rounds_inputs
-        Whether the format can say that inputs of linears are rounded at run time.
+        Whether the format can say that inputs of linears are rounded at run time, or ``write`` refuses such results.
     kinds
         Returns what may stand behind a colon, where something must.
     suffix
@@ -119,7 +135,7 @@ class Format:
     """
 
     summary: str
-    write: Callable[[Any, Path, Request], None] | None
+    write: Callable[[Any, Path, Request], list[str]] | None
     rounds_inputs: bool
     kinds: Callable[[], tuple[str, ...]] = tuple
     suffix: str = ""
@@ -131,6 +147,16 @@ FORMATS = {
         "a plain Hugging Face folder with the stored values written out, for programs that read nothing else",
         _write_dense,
         rounds_inputs=False,
+    ),
+    "gptq": Format(
+        "the layout of AutoGPTQ and GPTQModel, for engines that read it: weights of one scheme in 2, 3, 4 or 8 bits",
+        _write_gptq,
+        rounds_inputs=True,
+    ),
+    "awq": Format(
+        "the layout of AutoAWQ (gemm), for engines that read it: weights of one scheme in 4 bits",
+        _write_awq,
+        rounds_inputs=True,
     ),
     "bitsandbytes": Format(
         "the 8-bit format of transformers with bitsandbytes, for results of llm_int8",
@@ -231,7 +257,7 @@ def export(
     for note in notes:
         progress.event("warn", text=note)
     with _draft(target) as draft:
-        chosen.write(source, draft, Request(kind, tables, calibration, progress))
+        notes += chosen.write(source, draft, Request(kind, tables, calibration, progress))
         if manifest is not None:
             from frugallm.formats import shards
 
@@ -358,6 +384,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _card(source: Any, target: Path, to: str, manifest: dict[str, Any], notes: list[str]) -> str:
+    from frugallm.formats.engines import readers_of
+
     front = {
         "license": source.metadata.get("license", "other").strip('"'),
         "base_model": manifest["model"]["name"],
@@ -377,4 +405,6 @@ def _card(source: Any, target: Path, to: str, manifest: dict[str, Any], notes: l
     ]
     lines += [f"and written out again in the format `{to}` ({source.dtype}): {FORMATS[to].summary}.", ""]
     lines += [f"Note: {note}." for note in notes]
+    if readers := readers_of(to):
+        lines += ["", "Read by frugallm.load, and by", "", *(f"- {reader}" for reader in readers)]
     return "\n".join(lines) + "\n"

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from frugallm.errors import ModelError
 from frugallm.formats.packed_folder import FLOAT_SCALES, PackedFolder, Parts, groups_of
-from frugallm.formats.quantized_tensor import QuantizedTensor, from_unsigned
-from frugallm.formats.words import unpack_words
+from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme, from_unsigned, to_unsigned
+from frugallm.formats.words import pack_words, unpack_words
 
 BITS = (2, 3, 4, 8)
 VERSIONS = ("gptq", "gptq_v2")
@@ -67,6 +67,34 @@ def unpack(
         g_idx = torch.arange(width) // -(-width // groups)
     group = g_idx.long()
     return (codes.float() - zeros.T[:, group]) * scales.T[:, group].float()
+
+
+def pack(q: QuantizedTensor) -> dict[str, Tensor]:
+    """Return the tensors of one linear: the first version where the grid is symmetric, else ``gptq_v2``."""
+    codes, zeros = to_unsigned(q)
+    bits, width = q.scheme.bits, codes.shape[1]
+    stored = zeros - 1 if q.zero is None else zeros
+    return {
+        "qweight": pack_words(codes, bits).T.contiguous(),
+        "qzeros": pack_words(stored.T, bits),
+        "scales": q.scale.T.contiguous(),
+        "g_idx": torch.arange(width, dtype=torch.int32) // (width // q.scale.shape[1]),
+    }
+
+
+def settings(scheme: WeightScheme, linears: list[str] | None) -> dict[str, Any]:
+    """Return ``quantization_config`` for linears of one scheme; ``linears`` of each block, ``None``: all of them."""
+    named = {} if linears is None else {"modules_in_block_to_quantize": [linears]}
+    return {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size or -1,
+        "sym": scheme.symmetric,
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
+        **named,
+    }
 
 
 class GPTQFolder(PackedFolder):

@@ -151,8 +151,16 @@ class PackedFolder(SafetensorsFolder):
         """Paths of the packed linears."""
         return sorted(self._parts)
 
-    def quantized(self, path: str) -> QuantizedTensor | None:
-        """Return the codes of a linear; ``None``: it is not packed, or not on a grid of consecutive groups."""
+    def part(self, path: str, leaf: str) -> Tensor | None:
+        """Return one stored tensor of a packed linear; ``None``: there is none of that name."""
+        return self._parts[path].get(leaf) if path in self._parts else None
+
+    def quantized(self, name: str) -> QuantizedTensor | None:
+        """Return the codes of a linear, given by its path or the name of its weight.
+
+        ``None``: it is not packed, or not on a grid of consecutive groups.
+        """
+        path = name.removesuffix(".weight")
         found = self.decode(self._parts[path]) if path in self._parts else None
         return found if isinstance(found, QuantizedTensor) else None
 

@@ -146,3 +146,10 @@ def from_unsigned(codes: Tensor, zero: Tensor, scale: Tensor, bits: int) -> Quan
     )
     signed = None if symmetric else (zero.short() - middle).to(torch.int8)
     return QuantizedTensor((codes.short() - middle).to(torch.int8), scale.contiguous(), signed, scheme)
+
+
+def to_unsigned(q: QuantizedTensor) -> tuple[Tensor, Tensor]:
+    """Return codes ``(out, in)`` and zero points ``(out, groups)`` in int16, both from 0 to ``2^bits - 1``."""
+    middle = 2 ** (q.scheme.bits - 1)
+    zero = torch.full(q.scale.shape, middle, dtype=torch.int16) if q.zero is None else q.zero.short() + middle
+    return q.codes.short() + middle, zero

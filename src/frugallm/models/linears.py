@@ -108,7 +108,8 @@ def _patterns(family: Family) -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 def turned(family: Family, name: str, shape: tuple[int, ...] | torch.Size) -> bool:
     """Whether a tensor is stored ``(in, out)`` by ``transformers`` and in files."""
-    return family.transposed and name.startswith(f"{family.blocks}.") and len(shape) == 2
+    inside = name.startswith(f"{family.blocks}.") and name.endswith(".weight")
+    return family.transposed and inside and len(shape) == 2
 
 
 def linear_shapes(family: Family, plain: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
