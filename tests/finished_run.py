@@ -24,9 +24,11 @@ class Heard(Progress):
 
 
 def finished(folder, kind, steps, stored=torch.bfloat16):
-    """Return a finished run, its folder under its name, and the values in it."""
-    checkpoint = InMemory(trial.random_model(kind))
-    job = trial.job_for(checkpoint, Recipe.parse(steps).steps, trial.windows(kind), stored=stored)
+    """Return a finished run on one of the trial's models, or on a given one without text; the values in it; its model."""
+    on_trial = isinstance(kind, str)
+    checkpoint = InMemory(trial.random_model(kind) if on_trial else kind)
+    tokens = trial.windows(kind) if on_trial else None
+    job = trial.job_for(checkpoint, Recipe.parse(steps).steps, tokens, stored=stored)
     run = trial.carry_out(job, folder / "run")
     shown = run.place.stored(job)
     values = {name: shown.tensor(name) for name in shown.names()}

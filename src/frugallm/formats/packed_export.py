@@ -41,7 +41,7 @@ class Target:
         Returns the tensors of one linear by the ends of their names.
     settings
         ``settings(scheme, linears, skipped)`` returns ``quantization_config``: the scheme, paths inside a block of
-        linears that are packed, and full paths of those that are not.
+        linears that are packed (``None``: all), and full paths of those that are not.
     reader
         Reads it back.
     """
@@ -49,7 +49,7 @@ class Target:
     name: str
     bits: tuple[int, ...]
     pack: Callable[[QuantizedTensor], dict[str, Tensor]]
-    settings: Callable[[WeightScheme, list[str], list[str]], dict[str, Any]]
+    settings: Callable[[WeightScheme, list[str] | None, list[str]], dict[str, Any]]
     reader: type[PackedFolder]
 
 
@@ -57,7 +57,7 @@ GPTQ = Target(
     "GPTQ",
     gptq_layout.BITS,
     gptq_layout.pack,
-    lambda scheme, linears, skipped: gptq_layout.settings(scheme, linears if skipped else None),
+    lambda scheme, linears, _: gptq_layout.settings(scheme, linears),
     gptq_layout.GPTQFolder,
 )
 AWQ = Target(
@@ -88,7 +88,7 @@ def write_packed(source: Decoded, folder: Path, target: Target, progress: Progre
     scheme = _one_scheme(source, schemes, target)
     skipped = [path for path, found in schemes.items() if found is None]
     packed = [path for path in schemes if path not in skipped]
-    in_block = _in_block(source, packed, target) if target is GPTQ and skipped else []
+    in_block = _in_block(source, packed, target) if target is GPTQ and skipped else None
     notes = _notes(source, packed, target)
     for note in notes:
         progress.event("warn", text=note)
