@@ -15,7 +15,12 @@ def export(
         str,
         typer.Argument(metavar="MODEL_OR_DIR", help="a folder that 'frugal run' wrote; for GGUF any model"),
     ],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="the format to write: dense, or gguf:TYPE")],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="FORMAT", help="the format to write: dense, gptq, awq, bitsandbytes, or gguf:TYPE"
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="PATH", help="where to write; default: beside the model")
     ] = None,
