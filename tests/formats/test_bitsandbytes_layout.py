@@ -7,8 +7,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from finished_run import finished
 from frugallm.cli.main import main
 from frugallm.formats.bitsandbytes_layout import QuantState, unpack_4bit, unpack_8bit
+from frugallm.formats.export import export
+from frugallm.formats.packed_folder import load_packed
 from frugallm.models import load, open_checkpoint
 from packed_folders import damage, edit_settings, packed_copy, read_or_refused, refusal, rewrite
 
@@ -160,6 +163,16 @@ def test_8_bit_models_round_their_inputs_beside_outlier_channels(eight, threshol
     expected = rounded(x, threshold or float("inf")) @ linear.weight.T
     found = linear(x.view(2, 5, 64)).view(10, -1)
     assert (found - expected).norm() < 1e-5 * expected.norm() < 1e-2 * (x @ linear.weight.T - found).norm()
+
+
+def test_a_result_of_llm_int8_comes_back(tmp_path):
+    folder, values, model = finished(tmp_path, "tied", ["llm_int8:threshold=2"], stored=torch.float32)
+    read = open_checkpoint(export(folder, "bitsandbytes"), compressed=True)
+    for name, value in values.items():
+        torch.testing.assert_close(read.tensor(name), value, rtol=1e-6, atol=0)
+    x = torch.randn(9, 96, generator=torch.Generator().manual_seed(0))
+    linear = load_packed(read, torch.float32).get_submodule(UP)
+    torch.testing.assert_close(linear(x), model.get_submodule(UP)(x), rtol=1e-4, atol=1e-5)
 
 
 def test_inspect_says_what_it_is(eight, four, capsys):
