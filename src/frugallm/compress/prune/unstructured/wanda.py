@@ -27,8 +27,9 @@ One forward of the calibration windows per block, and ``in`` numbers of statisti
 Differences from the paper
 --------------------------
 Inputs are those of the model as stored up to and including the linears before this one in the same block; the authors'
-code takes those of the block before it is pruned. The norm is a root mean square, which changes no comparison. The
-variant with a threshold per row by cumulative score is not there, nor is the fine-tuning afterwards.
+code takes those of the block before it is pruned. The norm is a root mean square, which changes no comparison. Weights
+of inputs that never came are compared by magnitude. The variant with a threshold per row by cumulative score is not
+there, nor is the fine-tuning afterwards.
 
 References
 ----------
@@ -51,6 +52,8 @@ from frugallm.method import Card, Claim
 if TYPE_CHECKING:
     from frugallm.evaluate.bench import Bench
 
+NEVER_CAME = 1e-12
+
 
 class Wanda(PruneMethod):
     """Set the weights with the smallest magnitude times input norm to zero, in every row."""
@@ -72,7 +75,9 @@ class Wanda(PruneMethod):
 
     def prune(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> Tensor:
         """Return ``weight`` ``(out, in)`` with zeros in every row, eq. (1) and (2)."""
-        scores = weight.abs() * statistics["mean_square"].sqrt()  # (out, in), eq. (1)
+        # Weights of inputs that never came go first, the smallest of them before the others.
+        norm = statistics["mean_square"].sqrt().clamp(min=NEVER_CAME)  # (in,)
+        scores = weight.abs() * norm  # (out, in), eq. (1)
         return weight.masked_fill(choose_zeros(scores, self.target, "row"), 0.0)
 
     @classmethod
