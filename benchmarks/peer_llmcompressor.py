@@ -23,7 +23,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="dense Hugging Face folder")
     parser.add_argument("--tokens", required=True, help="safetensors file with the calibration tokens")
     parser.add_argument("--out", required=True)
-    parser.add_argument("--method", choices=("gptq", "rtn", "awq"), default="gptq")
+    parser.add_argument("--method", choices=("gptq", "rtn", "awq", "wanda", "sparsegpt"), default="gptq")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of wanda and sparsegpt")
+    parser.add_argument("--mask", default="0:0", help="of wanda and sparsegpt: n:m, or 0:0 for anywhere")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asymmetric", action="store_true", help="zero points")
@@ -38,6 +40,25 @@ def options() -> argparse.Namespace:
 
 
 def modifier(args: argparse.Namespace) -> object:
+    return pruning(args) if args.method in ("wanda", "sparsegpt") else quantization(args)
+
+
+def pruning(args: argparse.Namespace) -> object:
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+
+    # Targets are the blocks; every linear inside is pruned. Embedding and head are not.
+    shared = {
+        "sparsity": args.sparsity,
+        "mask_structure": args.mask,
+        "targets": [r"re:model\.layers\.\d+$"],
+        "ignore": ["re:.*lm_head"],
+    }
+    if args.method == "wanda":
+        return WandaPruningModifier(**shared)
+    return SparseGPTModifier(**shared, dampening_frac=args.dampening)
+
+
+def quantization(args: argparse.Namespace) -> object:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
 

@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 
 from frugallm.catalogue import find_method, methods
-from frugallm.compress.contract import BlockMethod
+from frugallm.compress.contract import BlockMethod, PruneMethod
+from frugallm.compress.prune.unstructured.masks import Sparsity, choose_zeros
 from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.conformance import check, checks_for
 from frugallm.conformance.examples import other_values, variants, wrong_values
@@ -102,6 +103,61 @@ class NeedsMoreThanItSays(Careless):
         return round_to_nearest(weight, scheme, "mse", statistics["second_moment"].diagonal())
 
 
+class MovesWhatIsPruned(Careless):
+    card: ClassVar[Card] = Careless.card
+
+    def solve(self, weight, scheme, statistics):
+        q = round_to_nearest(weight, scheme)
+        q.codes[:, ::3] = q.codes[:, ::3].clamp(*scheme.code_range) ^ 1
+        return q
+
+
+class Prunes(PruneMethod):
+    """Prunes as it should; the classes below break one thing each."""
+
+    card: ClassVar[Card] = Careless.card
+
+    def prune(self, weight, statistics):
+        return weight.masked_fill(choose_zeros(weight.abs(), self.target, "row"), 0.0)
+
+
+class PrunesPastTheShare(Prunes):
+    card: ClassVar[Card] = Careless.card
+
+    def prune(self, weight, statistics):
+        return super().prune(weight, statistics).masked_fill(weight.abs() < 0.1, 0.0)
+
+
+class PrunesInPlace(Prunes):
+    card: ClassVar[Card] = Careless.card
+
+    def prune(self, weight, statistics):
+        return weight.copy_(super().prune(weight, statistics))
+
+
+class PrunesByLayer(Prunes):
+    card: ClassVar[Card] = Careless.card
+
+    def prune(self, weight, statistics):
+        return weight.masked_fill(choose_zeros(weight.abs(), self.target, "layer"), 0.0)
+
+
+class ForgetsThePattern(Prunes):
+    card: ClassVar[Card] = Careless.card
+
+    def prune(self, weight, statistics):
+        mask = choose_zeros(weight.abs(), Sparsity(share=self.sparsity), "row")
+        return weight.masked_fill(mask, 0.0)
+
+
+class CompensatesTheWrongWay(Prunes):
+    card: ClassVar[Card] = Careless.card
+    solve_needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
+
+    def prune(self, weight, statistics):
+        return 0.5 * super().prune(weight, statistics)
+
+
 class NoRange(Careless):
     card: ClassVar[Card] = Card(title="Careless", summary="", baseline="rtn", claim="none", row="no-such-row")
     strength: float = 1.0
@@ -117,6 +173,12 @@ class NoRange(Careless):
         (Halves, {"a_rewrite_keeps_the_logits"}),
         (IgnoresTheMoment, {"a_solver_is_no_worse_than_nearest"}),
         (NeedsMoreThanItSays, {"missing_text_is_refused_before_any_work"}),
+        (MovesWhatIsPruned, {"a_solver_keeps_the_zeros_of_an_earlier_step"}),
+        (PrunesPastTheShare, {"a_pruner_zeroes_what_it_says", "zeros_are_in_the_folder"}),
+        (PrunesInPlace, {"a_pruner_zeroes_what_it_says"}),
+        (PrunesByLayer, {"a_pruner_zeroes_what_it_says", "a_pruner_treats_rows_alike"}),
+        (ForgetsThePattern, {"a_pruner_zeroes_what_it_says", "zeros_are_in_the_folder"}),
+        (CompensatesTheWrongWay, {"a_pruner_is_no_worse_than_its_zeros"}),
         (NoRange, {"the_card_is_complete", "every_parameter_is_described", "the_claim_is_written"}),
         (
             Careless,

@@ -43,6 +43,7 @@ toys = st.builds(
         ("x:s=[],t=[[1,2],[3]]", "x", {"s": [], "t": [[1, 2], [3]]}),
         ("x:s=[layers.[0-3].*,b],p=[0-9]x", "x", None),
         ("x:s=[layers.[0-3].*,b],p=*[0-9]x", "x", {"s": ["layers.[0-3].*", "b"], "p": "*[0-9]x"}),
+        ("x:pattern=2:4,n=1", "x", {"pattern": "2:4", "n": 1}),
         ("./my/method.py:bits=3", "./my/method.py", {"bits": 3}),
     ],
 )
@@ -82,6 +83,16 @@ def test_python_cli_and_yaml_are_the_same_recipe(tmp_path_factory, steps):
         assert from_yaml.digest() == from_cli.digest() == recipe.digest()
         assert hash(from_yaml) == hash(recipe)
     assert pickle.loads(pickle.dumps(from_yaml)) == recipe
+
+
+def test_a_ratio_is_no_number_to_the_base_of_60(tmp_path):
+    file = tmp_path / "r.yaml"
+    file.write_text("steps:\n  - magnitude: {pattern: 2:4}\n  - rtn: {bits: 4, skip: ['*.0:1']}\n")
+    recipe = Recipe.load(file)
+    assert recipe.steps[0].pattern == "2:4" and recipe.steps[1].bits == 4
+    assert recipe.to_cli()[0] == "magnitude:pattern=2:4"
+    file.write_text(recipe.to_yaml())
+    assert Recipe.load(file) == recipe == Recipe.parse(recipe.to_cli())
 
 
 def test_settings_write_out_the_defaults_and_the_digest_depends_on_nothing_else(tmp_path):

@@ -158,6 +158,16 @@ def _parse(step: str, position: int) -> Method:
         raise type(error)(f"{error.message} (step {position})", error.hint) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``2:4`` as the words that they are, as YAML 1.2 does; YAML 1.1 makes a number to the base of 60 of it."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        """Return the tag of a node."""
+        if kind is yaml.ScalarNode and implicit[0] and re.fullmatch(r"\d+:\d+", value):
+            return "tag:yaml.org,2002:str"
+        return super().resolve(kind, value, implicit)
+
+
 class _Document:
     """One YAML file, read node by node so that every error knows its line."""
 
@@ -165,7 +175,7 @@ class _Document:
         self.label = label
         self.folder = folder
         try:
-            self.loader = yaml.SafeLoader(text)  # it looks for characters that cannot be printed
+            self.loader = _Loader(text)  # it looks for characters that cannot be printed
             self.root = self.loader.get_single_node()
         except yaml.MarkedYAMLError as error:
             line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""

@@ -146,7 +146,8 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
         )
     if resumed:
         notes.append("resumed: seconds and memory are those of the last part of the run")
-    layers = [facts for facts in layer_facts(job, place) if "error" in facts]
+    all_layers = layer_facts(job, place)
+    layers = [facts for facts in all_layers if "error" in facts]
     text = TextFacts(**job.text, tokens=job.windows.numel()) if job.text and job.windows is not None else None
     return Report(
         title=f"{job.checkpoint.name}: {' '.join(job.recipe.to_cli())}",
@@ -168,6 +169,7 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
         prompt=PROMPT if measured.outside_after.get("answer") else "",
         how_to_load=how_to_load(job, place.out),
         layers=[LayerError(**{k: facts[k] for k in ("name", "error", "baseline_error")}) for facts in layers],
+        zeros={f["name"]: f["zeros"] / f["weights"] for f in all_layers if "zeros" in f},
         notes=notes,
     )
 

@@ -48,7 +48,7 @@ def _write(value: Any) -> str:
         return f"[{','.join(_write(item) for item in value)}]"
     if not isinstance(value, str):
         return json.dumps(value)
-    bare = re.fullmatch(r"[\w*?./+-]+", value, re.ASCII) and isinstance(_scalar(value), str)
+    bare = re.fullmatch(r"[\w*?.:/+-]+", value, re.ASCII) and isinstance(_scalar(value), str)
     return value if bare else json.dumps(value)
 
 

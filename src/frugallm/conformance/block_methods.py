@@ -68,7 +68,9 @@ def checks(method: type[Method]) -> list[Check]:
     if method.rewrite is not BlockMethod.rewrite:
         found.append(a_rewrite_keeps_the_logits)
     if method.solve is not BlockMethod.solve:
-        found += [a_solver_leaves_its_inputs_alone, a_solver_keeps_the_zeros_of_an_earlier_step]
+        found.append(a_solver_leaves_its_inputs_alone)
+        if method.prune is BlockMethod.prune:  # what prunes itself comes after no step that prunes
+            found.append(a_solver_keeps_the_zeros_of_an_earlier_step)
         if method.by_rows:
             found.append(a_solver_treats_rows_alike)
         if "second_moment" in method.solve_needs:

@@ -119,6 +119,8 @@ class Report(BaseModel):
         Engine → what to type.
     layers
         Errors by linear, in order of the model.
+    zeros
+        Share of zeros by linear, of those that were pruned.
     notes
         What else a reader must know.
     """
@@ -131,6 +133,7 @@ class Report(BaseModel):
     prompt: str = ""
     how_to_load: dict[str, str] = {}
     layers: list[LayerError] = []
+    zeros: dict[str, float] = {}
     notes: list[str] = []
 
     def to_json(self) -> str:

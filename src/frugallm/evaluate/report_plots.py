@@ -139,7 +139,7 @@ def _layers(report: Report) -> tuple[str, str, Figure]:
         "Where the error lies",
         "Output error of every linear on the calibration text"
         + (
-            " over that of the baseline on the same grid; below the dotted line is better."
+            " over that of the baseline with the same grid and as many zeros; below the dotted line is better."
             if relative
             else "."
         ),

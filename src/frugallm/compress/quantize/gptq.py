@@ -16,7 +16,8 @@ Formula
 
 When to use it
 --------------
-Weight-only compression to 3 or 4 bits with a little text at hand. At 8 bits rounding is as good.
+Weight-only compression to 3 or 4 bits with a little text at hand. At 8 bits rounding is as good. After a step that
+prunes, the zeros stay and the weights that are left make up for the rounding; ``sparsegpt:bits=4`` does both at once.
 
 Cost
 ----
@@ -98,7 +99,16 @@ class GPTQ(BlockMethod):
         """Solve ``weight`` ``(out, in)``, eq. (1) to (3)."""
         h = statistics["second_moment"]
         scale, zero = fit(weight, scheme, self.search, importance=h.diagonal())
-        return compensate(weight, h, scale, zero, scheme, damp=self.damp, act_order=self.act_order)
+        return compensate(
+            weight,
+            h,
+            scale,
+            zero,
+            scheme,
+            damp=self.damp,
+            act_order=self.act_order,
+            pruned=statistics.get("pruned"),
+        )
 
     @classmethod
     def claim(cls, bench: Bench) -> Claim:

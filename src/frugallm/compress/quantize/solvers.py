@@ -1,18 +1,25 @@
-"""Solvers: which grid value each weight gets, given the second moment of the linear's input.
+"""Solvers: which value each weight gets, given the second moment of the linear's input.
 
-One column solve serves every method that rounds (or prunes) column by column and lets the columns that are still free
-make up for the error: OBQ's closed-form update, in GPTQ's fixed order with lazy batches.
+One column solve serves every method that rounds or prunes column by column and lets the columns that are still free
+make up for the error: OBQ's closed-form update, in GPTQ's fixed order with lazy batches. What is done to a column is
+two choices: which of its entries are zero (none, given ones, or those that SparseGPT picks), and which values the
+others get (their own, or the nearest on a grid).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from frugallm.compress.prune.unstructured.masks import Sparsity, lowest
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
+
+#: Takes column ``j (out,)`` of the solve, and ``j``; returns the values that it gets.
+Values = Callable[[Tensor, int], Tensor]
 
 _ROWS = 512  # copied, or inverted without further cutting, at once
 
@@ -83,6 +90,8 @@ def compensate(
     damp: float = 0.01,
     act_order: bool = True,
     block_size: int = 128,
+    pruned: Tensor | None = None,
+    sparsity: Sparsity | None = None,
 ) -> QuantizedTensor:
     """Round column by column; after each column the free columns absorb its error (GPTQ, arXiv 2210.17323, eq. 2-4).
 
@@ -98,21 +107,138 @@ def compensate(
         Round columns in order of decreasing ``H_jj`` instead of from left to right.
     block_size
         Columns whose updates are applied to the rest in one product; changes speed, not results.
+    pruned
+        Entries, bool ``(out, in)``, that an earlier step has made zero and that stay zero.
+    sparsity
+        How many entries become zero on the way, as in :func:`prune_and_compensate`.
     """
     width = weight.shape[1]
-    diagonal = second_moment.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(width)
-    u, _ = inverse_factor(second_moment, damp, order)
-    w = weight.T[order].contiguous()  # (in, out): a column of W is a contiguous row here
-    w[diagonal[order] == 0] = 0.0  # no input ever: its weight is free, and is stored as zero
+    order = _order(second_moment, act_order)
+    w, u = _begin(weight, second_moment, order, damp)
     s, z = scale.float().T.contiguous(), None if zero is None else zero.float().T.contiguous()
-    groups = (order // scheme.columns_per_scale(width)).tolist()
-    codes = torch.empty_like(w, dtype=torch.int8)
+    rounding = _Rounding(w, s, z, (order // scheme.columns_per_scale(width)).tolist(), scheme)
+    zeros = _zeros(u, order, block_size, pruned, sparsity)
     with _one_thread():
-        _round_columns(w, u, s, z, groups, codes, scheme.code_range, block_size)
+        _solve_columns(w, u, rounding, zeros, block_size)
+    return QuantizedTensor(_restored(rounding.codes, order), scale, zero, scheme)
+
+
+def prune_and_compensate(
+    weight: Tensor,
+    second_moment: Tensor,
+    sparsity: Sparsity,
+    *,
+    damp: float = 0.01,
+    act_order: bool = False,
+    block_size: int = 128,
+) -> Tensor:
+    """Make entries zero column by column; the free columns absorb the error (SparseGPT, arXiv 2301.00774, section 3).
+
+    Entries with the smallest ``w^2 / U_jj^2`` become zero, compared as they are when their turn comes: within
+    ``block_size`` columns of all rows, or with ``n:m`` within each group.
+
+    Parameters
+    ----------
+    weight, second_moment
+        As in :func:`compensate`.
+    act_order
+        Take columns in order of decreasing ``H_jj``; not with ``n:m``, whose groups are neighbors from left to right.
+    block_size
+        Columns that are compared, and whose updates are applied to the rest in one product. With ``n:m`` a multiple
+        of ``m``; it then changes speed, not results.
+
+    Returns
+    -------
+    Tensor
+        ``(out, in)`` float32.
+    """
+    order = _order(second_moment, act_order)
+    w, u = _begin(weight, second_moment, order, damp)
+    exact = _Exact(w)
+    with _one_thread():
+        _solve_columns(w, u, exact, _zeros(u, order, block_size, None, sparsity), block_size)
+    return _restored(exact.values, order)
+
+
+def _order(second_moment: Tensor, act_order: bool) -> Tensor:
+    """Return the order in which columns are taken."""
+    diagonal = second_moment.diagonal()
+    return torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+
+
+def _begin(weight: Tensor, second_moment: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """Return ``W^T (in, out)`` and ``U (in, in)`` in ``order``: a column of ``W`` is a contiguous row here."""
+    u, _ = inverse_factor(second_moment, damp, order)
+    w = weight.T[order].contiguous()
+    w[second_moment.diagonal()[order] == 0] = 0.0  # no input ever: its weight is free, and is stored as zero
+    return w, u
+
+
+def _restored(solved: Tensor, order: Tensor) -> Tensor:
+    """Return ``(in, out)`` in ``order`` as ``(out, in)`` from left to right."""
     back = torch.empty_like(order)
-    back[order] = torch.arange(width)
-    return QuantizedTensor(codes[back].T.contiguous(), scale, zero, scheme)
+    back[order] = torch.arange(len(order))
+    return solved[back].T.contiguous()
+
+
+class _Exact:
+    """Every column keeps the values that it has by then."""
+
+    def __init__(self, w: Tensor) -> None:
+        self.values = torch.empty_like(w)
+
+    def __call__(self, column: Tensor, j: int) -> Tensor:
+        self.values[j] = column
+        return column
+
+
+class _Rounding:
+    """Every column goes to the nearest values on its group's grid: ``scale`` and ``zero (groups, out)`` of ``groups[j]``."""
+
+    def __init__(
+        self, w: Tensor, scale: Tensor, zero: Tensor | None, groups: list[int], scheme: WeightScheme
+    ) -> None:
+        self.scale, self.zero, self.groups, self.limits = scale, zero, groups, scheme.code_range
+        self.codes = torch.empty_like(w, dtype=torch.int8)
+
+    def __call__(self, column: Tensor, j: int) -> Tensor:
+        s = self.scale[self.groups[j]]
+        q = (column / s).round_()
+        z = None if self.zero is None else self.zero[self.groups[j]]
+        q = q.clamp_(*self.limits) if z is None else q.add_(z).clamp_(*self.limits)
+        self.codes[j] = q
+        return q * s if z is None else (q - z) * s
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    """Which entries are zero, said for ``span`` columns at a time.
+
+    ``pick(values, j)`` takes the columns from ``j`` on as they are by then, ``(columns, out)``, and marks their zeros.
+    """
+
+    span: int
+    pick: Callable[[Tensor, int], Tensor]
+
+
+def _zeros(
+    u: Tensor, order: Tensor, block_size: int, pruned: Tensor | None, sparsity: Sparsity | None
+) -> _Zeros | None:
+    if pruned is not None:
+        given = pruned.T[order]
+        return _Zeros(block_size, lambda values, j: given[j : j + len(values)])
+    if sparsity is None or sparsity.share == 0:
+        return None
+    group, diagonal = sparsity.group, u.diagonal()
+    assert group is None or (block_size % group == 0 and bool((order.diff() == 1).all()))
+
+    def smallest(values: Tensor, j: int) -> Tensor:
+        scores = (values / diagonal[j : j + len(values), None]).square_()  # (columns, out)
+        if group:
+            return lowest(scores.T, sparsity.count(group)).T
+        return lowest(scores.flatten(), sparsity.count(scores.numel())).view_as(scores)
+
+    return _Zeros(group or block_size, smallest)
 
 
 @contextmanager
@@ -126,37 +252,23 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _round_columns(
-    w: Tensor,
-    u: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    groups: list[int],
-    codes: Tensor,
-    limits: tuple[int, int],
-    block_size: int,
-) -> None:
-    """Fill ``codes`` ``(in, out)`` int8 column by column.
-
-    ``w (in, out)`` and ``u (in, in)`` are in that order too; column ``j`` uses ``scale`` and ``zero (groups, out)`` of
-    ``groups[j]``.
-    """
-    low, high = limits
+def _solve_columns(w: Tensor, u: Tensor, values: Values, zeros: _Zeros | None, block_size: int) -> None:
+    """Give the columns, rows of ``w (in, out)``, their values one after the other; ``u (in, in)`` is in the same order."""
     width, rows = w.shape
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
         block, error = w[start:stop], torch.empty(stop - start, rows)
+        mask = torch.empty(0)
         for i in range(stop - start):
             j = start + i
-            s = scale[groups[j]]
+            if zeros is not None and i % zeros.span == 0:
+                end = min(j + zeros.span, stop)
+                now = torch.addmm(block[i : end - start], u[start:j, j:end].T, error[:i], alpha=-1)
+                mask = zeros.pick(now, j)
             # Eq. (3) for this column: all errors made so far in the block at once.
             column = torch.addmm(block[i : i + 1], u[start:j, j : j + 1].T, error[:i], alpha=-1)[0]
-            q = (column / s).round_()
-            z = None if zero is None else zero[groups[j]]
-            q = q.clamp_(low, high) if z is None else q.add_(z).clamp_(low, high)
-            codes[j] = q
-            value = q * s if z is None else (q - z) * s
-            torch.sub(column, value, out=error[i]).div_(u[j, j])
+            kept = column if zeros is None else column.masked_fill(mask[i % zeros.span], 0.0)
+            torch.sub(column, values(kept, j), out=error[i]).div_(u[j, j])
         w[stop:].addmm_(u[start:stop, stop:].T, error, alpha=-1)
 
 
