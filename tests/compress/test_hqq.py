@@ -123,6 +123,20 @@ def test_groups_without_spread_and_of_any_size_stay_finite(value, zero):
     assert (found - weight).abs().max() <= abs(value) / 14
 
 
+def test_pruned_weights_stay_zero_on_a_grid_of_float_zeros():
+    weight = heavy_tailed(6, 48)
+    pruned = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    weight[pruned] = 0
+    scheme = HQQ(bits=3).weights({"x": 48}).model_copy(update={"group_size": 16})
+    q = HQQ(bits=3).solve(weight, scheme, {"pruned": pruned})
+    assert q.zero.dtype is torch.float16 and torch.equal(q.zero, q.zero.round())
+    assert not q.dequantize()[pruned].any()
+    again = q.with_zeros(pruned)
+    assert again.codes.dtype is torch.int8 and torch.equal(again.codes, q.codes)
+    free = HQQ(bits=3).solve(weight, scheme, {})
+    assert free.dequantize()[pruned].any() and not torch.equal(free.zero, free.zero.round())
+
+
 @pytest.fixture(scope="module")
 def model():
     return InMemory(random_model("tied"))

@@ -122,9 +122,9 @@ class QuantizedTensor:
         return (grouped * self.scale.float()[..., None]).view(rows, width).to(dtype)
 
     def with_zeros(self, mask: Tensor) -> QuantizedTensor:
-        """Return the same with the codes of zero where ``mask`` ``(out, in)`` is true."""
+        """Return the same with the codes of zero where ``mask`` ``(out, in)`` is true; zero points must be whole."""
         groups = self.scale.shape[1]
-        zero = torch.zeros((), dtype=torch.int8) if self.zero is None else self.zero[..., None]
+        zero = torch.zeros((), dtype=torch.int8) if self.zero is None else self.zero[..., None].to(torch.int8)
         codes = self.codes.view(len(self.codes), groups, -1)
         return replace(self, codes=torch.where(mask.view_as(codes), zero, codes).view_as(self.codes))
 

@@ -34,7 +34,8 @@ range and moves zero points alone (``fit_scale=false``), in steps of which all g
 error rises. XXXMEASURED
 
 Zero points are stored as float16 beside scales in bf16, 32 bits a group as in the code. The folder says so in a key
-of its own, and only FrugalLM reads it. ``zero="integer"`` fits (3) and (4) with whole zero points instead, as
+of its own, and only FrugalLM reads it. After a pruning step float zero points are whole numbers too, for zero is on no
+other grid. ``zero="integer"`` fits (3) and (4) with whole zero points instead, as
 compressed-tensors stores them.
 
 References
@@ -113,13 +114,15 @@ class HQQ(BlockMethod):
         """Fit the grid of every group of ``weight`` ``(out, in)`` and round on it."""
         weight = weight.float().contiguous()
         rows = max(1, _ENTRIES_AT_ONCE // weight.shape[1])
-        found = [self._fit(grouped(piece, scheme), scheme) for piece in weight.split(rows)]
+        # Only a whole zero point has a code for zero, and pruned weights stay zero.
+        whole = self.zero == "integer" or "pruned" in statistics
+        found = [self._fit(grouped(piece, scheme), scheme, whole=whole) for piece in weight.split(rows)]
         scale, zero = (torch.cat(parts) for parts in zip(*found))
         return QuantizedTensor(encode(weight, scale, zero, scheme), scale, zero, scheme)
 
-    def _fit(self, w: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+    def _fit(self, w: Tensor, scheme: WeightScheme, *, whole: bool) -> tuple[Tensor, Tensor]:
         """Return scale and zero point ``(out, groups)``, as they are stored, for groups ``w (out, groups, columns)``."""
-        scale, zero = _from_range(w, scheme)
+        scale, zero = _from_range(w, scheme, whole=whole)
         best_scale, best_zero, least = scale, zero, torch.full(scale.shape, torch.inf)
         beta = self.beta
         for _ in range(self.iterations + 1):
@@ -136,7 +139,7 @@ class HQQ(BlockMethod):
             v = w - s * _shrink(error / s, self.p, beta)  # (2)
             if self.fit_scale:
                 scale = _least_squares_scale(v, q - z, scale, scheme)  # (3)
-            zero = _stored_zero((q - v / scale.float()[..., None]).mean(-1), scheme)  # (4)
+            zero = _stored_zero((q - v / scale.float()[..., None]).mean(-1), scheme, whole=whole)  # (4)
             beta *= self.kappa
         return best_scale, best_zero
 
@@ -160,19 +163,18 @@ def _shrink(x: Tensor, p: float, beta: float) -> Tensor:
     return x.sign() * (size - size.clamp(min=1e-12) ** (p - 1) / beta).clamp_(min=0)
 
 
-def _stored_zero(zero: Tensor, scheme: WeightScheme) -> Tensor:
-    """Round zero points to what can be stored."""
-    if scheme.zero_dtype == "float16":
-        return zero.clamp(-65504, 65504).half()
-    return zero.round().clamp(*scheme.code_range).to(torch.int8)
+def _stored_zero(zero: Tensor, scheme: WeightScheme, *, whole: bool) -> Tensor:
+    """Round zero points to what is stored; a ``whole`` one is itself the code of zero."""
+    zero = zero.round().clamp(*scheme.code_range) if whole else zero.clamp(-65504, 65504)
+    return zero.to(getattr(torch, scheme.zero_dtype))
 
 
-def _from_range(w: Tensor, scheme: WeightScheme) -> tuple[Tensor, Tensor]:
+def _from_range(w: Tensor, scheme: WeightScheme, *, whole: bool) -> tuple[Tensor, Tensor]:
     """Return scale and zero point ``(out, groups)`` that cover each group's range, zero included."""
     first, last = scheme.code_range
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     scale = stored((high - low) / (last - first), scheme)
-    return scale, _stored_zero(first - low / scale.float(), scheme)
+    return scale, _stored_zero(first - low / scale.float(), scheme, whole=whole)
 
 
 def _least_squares_scale(v: Tensor, steps: Tensor, scale: Tensor, scheme: WeightScheme) -> Tensor:
