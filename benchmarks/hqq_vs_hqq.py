@@ -8,6 +8,7 @@ held against the better of these. The peer's folder is dense and holds the value
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import statistics
@@ -96,6 +97,10 @@ def main() -> None:
         place = {"python": python, "model": common.dense_folder(Path(work) / "dense")}
         folders = {name: Path(work) / name.replace(" ", "-").replace(",", "") for name in chosen}
         for name, arm in chosen.items():
+            record = folders[name].with_suffix(".run.json")
+            if args.resume and record.is_file() and (folders[name] / "config.json").is_file():
+                runs[name] = json.loads(record.read_text())
+                continue
             shutil.rmtree(folders[name], ignore_errors=True)
             run = measure(command(arm, place, folders[name], setting), threads=setting.threads)
             runs[name] = {
@@ -106,6 +111,7 @@ def main() -> None:
                 "compress_seconds": run.stage_seconds("compressing" if arm.step else "compress"),
                 "peak_anonymous_bytes": run.peak_anonymous_bytes,
             }
+            record.write_text(json.dumps(runs[name]))
             print(f"{name}: {run.seconds:.0f} s", flush=True)
         evaluations = common.evaluate_folders(setting, folders, place["model"])
     found = verdicts(chosen, evaluations)

@@ -7,6 +7,7 @@ Loss is measured twice: as perplexity above the model before, and as KL divergen
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import statistics
@@ -46,12 +47,17 @@ def main() -> None:
     runs: dict[str, Any] = {}
     with common.kept_folder(args.work) as work:
         model = common.dense_folder(Path(work) / "dense")
-        folders = {name: Path(work) / f"int8-{number}" for number, name in enumerate(steps)}
+        folders = {name: Path(work) / name.replace(" ", "-").replace(",", "") for name in steps}
         for name, step in steps.items():
+            record = folders[name].with_suffix(".run.json")
+            if args.resume and record.is_file() and (folders[name] / "config.json").is_file():
+                runs[name] = json.loads(record.read_text())
+                continue
             shutil.rmtree(folders[name], ignore_errors=True)
             command = frugal("run", model, step, "--out", folders[name], *setting.run_options())
             run = measure(command, threads=setting.threads)
             runs[name] = {"seconds": run.seconds, "weights_bytes": common.folder_bytes(folders[name])}
+            record.write_text(json.dumps(runs[name]))
             print(f"{name}: {run.seconds:.0f} s", flush=True)
         evaluations = common.evaluate_folders(setting, folders, model)
     base = math.exp(statistics.fmean(next(iter(evaluations.values())).reference_nll_per_window))
