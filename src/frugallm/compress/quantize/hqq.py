@@ -30,8 +30,15 @@ No calibration text; ``iterations`` roundings of every weight. Workspace: some c
 Differences from the paper
 --------------------------
 There is no paper; the authors' account is a page, and their code is the reference. The code keeps the scale of the
-range and moves zero points alone (``fit_scale=false``), in steps of which all groups stop together when their mean
-error rises. XXXMEASURED
+range and moves zero points alone (``fit_scale=false``); all groups of a weight stop together when their mean error
+rises, where here each keeps its best grid. The code's ``beta=10`` is in units of the weights: errors below 0.17 are not
+shrunk at all, which is every error of the model below, and what it computes there is plain least squares. Here errors
+are measured in steps, whatever the size of the weights.
+
+On two blocks of SmolLM2-135M in groups of 64 the code leaves 0.90 (W4) and 0.91 (W3) of the squared weight error of
+rounding with integer zero points, this file 0.84 and 0.79, with ``zero="integer"`` 0.94 and 0.85. The error of outputs
+on real inputs is the same for both, 0.91 and 0.98 of rounding's: what helps a weight need not help its output. At 2
+bits fitting the scale is what counts: on four blocks it leaves 0.57 of the weight error, the code 0.95.
 
 Zero points are stored as float16 beside scales in bf16, 32 bits a group as in the code. The folder says so in a key
 of its own, and only FrugalLM reads it. After a pruning step float zero points are whole numbers too, for zero is on no
