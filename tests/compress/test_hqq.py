@@ -43,7 +43,7 @@ def reference(w, bits, step):
         if step.zero == "float"
         else (lambda z: float(min(max(round(z), first), last)))
     )
-    z, beta, least = store(first - low / s), step.beta, math.inf
+    z, beta, least = float(round(first - low / s)), step.beta, math.inf
     for _ in range(step.iterations + 1):
         q = [min(max(round(x / s + z), first), last) for x in w]
         error = [x - s * (c - z) for x, c in zip(w, q)]
@@ -82,23 +82,16 @@ def test_values_are_those_of_the_equations(bits, zero, fit_scale):
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(2, 8), st.sampled_from([16, None]), st.integers(0, 99))
-def test_without_iterations_integer_zeros_are_those_of_rounding(bits, group, seed):
+@given(
+    st.integers(2, 8), st.sampled_from([16, None]), st.sampled_from(["float", "integer"]), st.integers(0, 99)
+)
+def test_without_iterations_it_is_asymmetric_rounding(bits, group, zero, seed):
     weight = heavy_tailed(5, 48, seed)
-    scheme = WeightScheme(bits=bits, group_size=group, **FINE)
-    ours = solve(weight, HQQ(bits=bits, zero="integer", iterations=0), group)
-    plain = round_to_nearest(weight, scheme)
-    assert torch.equal(ours.codes, plain.codes) and torch.equal(ours.scale, plain.scale)
-    assert torch.equal(ours.zero, plain.zero) and ours.zero.dtype is torch.int8
-
-
-def test_without_iterations_float_zeros_begin_where_the_range_does():
-    weight = heavy_tailed(5, 48)
-    q = solve(weight, HQQ(bits=3, iterations=0))
-    low, high = (weight.view(5, 3, 16).double().amin(-1), weight.view(5, 3, 16).double().amax(-1))
-    assert q.zero.dtype is torch.float16
-    torch.testing.assert_close(q.scale.double(), (high - low) / 7, rtol=1e-6, atol=0)
-    torch.testing.assert_close(q.zero.double(), -4 - low / ((high - low) / 7), rtol=0, atol=2e-3)
+    plain = round_to_nearest(weight, WeightScheme(bits=bits, group_size=group, **FINE))
+    ours = solve(weight, HQQ(bits=bits, zero=zero, iterations=0), group)
+    assert torch.equal(ours.scale, plain.scale) and torch.equal(ours.zero.to(torch.int8), plain.zero)
+    assert ours.zero.dtype is (torch.float16 if zero == "float" else torch.int8)
+    assert (ours.codes != plain.codes).float().mean() <= 0.01  # ties
 
 
 @settings(max_examples=20, deadline=None)
