@@ -8,14 +8,21 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import venv
 from pathlib import Path
 
 ENVIRONMENTS = Path.home() / ".cache" / "frugallm" / "peers"
 # What is asked for; every other version comes from constraints/NAME.txt beside this file.
-PEERS = {"llmcompressor": ["torch==2.13.0", "llmcompressor==0.14.0.1"]}
-REPORTED = {"llmcompressor": ("llmcompressor", "compressed-tensors", "transformers", "torch", "accelerate")}
+PEERS = {
+    "llmcompressor": ["torch==2.13.0", "llmcompressor==0.14.0.1"],
+    "hqq": ["torch==2.13.0", "hqq==0.2.8.post1"],
+}
+REPORTED = {
+    "llmcompressor": ("llmcompressor", "compressed-tensors", "transformers", "torch", "accelerate"),
+    "hqq": ("hqq", "transformers", "torch"),
+}
 
 
 def peer_python(name: str, environments: Path = ENVIRONMENTS) -> Path:
@@ -28,7 +35,10 @@ def peer_python(name: str, environments: Path = ENVIRONMENTS) -> Path:
     if stamp.exists() and stamp.read_text() == pins:
         return python
     venv.create(folder, with_pip=True, clear=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", constraints, *wanted], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "-c", constraints, *wanted]
+    subprocess.run(
+        install, check=True, env={**os.environ, "DISABLE_CUDA": "1"}
+    )  # hqq builds kernels otherwise
     subprocess.run([python, "-c", f"import {name}"], check=True, capture_output=True)
     stamp.write_text(pins)
     return python

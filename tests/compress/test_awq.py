@@ -107,6 +107,8 @@ def test_every_kind_of_site_is_scaled_and_only_those_asked_for(model, tmp_path):
         after = run(model, [AWQ(sites=sites, clip=False)], tmp_path / f"sites{len(sites)}{changed}").tensors()
         same = torch.equal(before[f"{block}input_layernorm.weight"], after[f"{block}input_layernorm.weight"])
         assert same is not changed
+    after = run(model, [AWQ(only=("*.layers.1.*",), group_size=32)], tmp_path / "one").tensors()
+    assert torch.equal(before[f"{block}input_layernorm.weight"], after[f"{block}input_layernorm.weight"])
     after = run(model, [AWQ(only=("*.mlp.*",))], tmp_path / "mlp").tensors()
     assert torch.equal(before[f"{block}input_layernorm.weight"], after[f"{block}input_layernorm.weight"])
     name = f"{block}post_attention_layernorm.weight"

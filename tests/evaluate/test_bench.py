@@ -62,6 +62,10 @@ def test_a_claim_passes_only_if_the_paired_interval_is_below_zero(bench):
     by_perplexity = bench.claim_lower([Noise(size=0.02)], [Noise(size=0.3)], "more noise", "perplexity")
     ours = bench.evaluate(Noise(size=0.02)).perplexity.value
     assert by_perplexity.value == pytest.approx(ours)
+    half = bench.claim_lower([Noise(size=0.02)], [Noise(size=0.3)], "half of it", share=0.5)
+    assert half.passed and half.baseline_value == pytest.approx(claim.baseline_value / 2)
+    itself = bench.claim_lower([Noise(size=0.02)], [Noise(size=0.02)], "half of itself", share=0.5)
+    assert not itself.passed and itself.value == pytest.approx(2 * itself.baseline_value)
     top1 = bench.compare(bench.evaluate(Noise(size=0.02)), bench.evaluate(Noise(size=0.3)), "top1")
     assert top1[0] > 0
 

@@ -11,6 +11,7 @@ from frugallm.errors import ExportError
 from frugallm.formats.decoded import Decoded
 from frugallm.formats.export import export
 from frugallm.formats.stored import model_in_memory
+from frugallm.formats.verify import ROUNDED_INPUT_TOLERANCE
 from frugallm.models import load
 from frugallm.models.in_memory import InMemory
 from frugallm.recipe import Recipe
@@ -53,7 +54,7 @@ def test_the_format_unpacks_to_the_stored_values(kind, tmp_path):
     left = [path for path in Decoded(folder).linears() if path.startswith("model.layers.1.")]
     assert config["llm_int8_skip_modules"] == ["lm_head", *left]
     codes = {name.removesuffix(".SCB") for name in stored if name.endswith(".SCB")}
-    assert codes == set(Decoded(folder).linears()) - set(left)
+    assert codes == set(Decoded(folder).linears()) - set(left) and len(left) == len(codes) == 7
     for name, value in values.items():
         path = name.removesuffix(".weight")
         if name != path and path in codes:
@@ -67,6 +68,17 @@ def test_the_format_unpacks_to_the_stored_values(kind, tmp_path):
             assert torch.equal(stored[name], value.bfloat16())
         else:
             assert kind == "tied" and name == "lm_head.weight"
+
+
+@pytest.mark.parametrize("threshold", [1.5, 6.0])
+def test_our_reader_of_the_format_computes_the_same(threshold, tmp_path, monkeypatch):
+    folder, model = finished(tmp_path, [f"llm_int8:threshold={threshold}"])
+    monkeypatch.setattr("frugallm.models.open.load_tokenizer", lambda _: None)
+    back, _ = load(export(folder, "bitsandbytes"))
+    ids = trial.windows("untied")[:2]
+    with torch.no_grad():
+        logits, wanted = back(ids).logits, model(ids).logits
+    assert (logits - wanted).square().sum() <= ROUNDED_INPUT_TOLERANCE * wanted.square().sum()
 
 
 def test_transformers_understands_the_configuration(tmp_path):

@@ -76,6 +76,27 @@ def test_plain_containers_lose_nothing(q, dynamic):
         assert_same(decode_linear("x", stored, scheme, table=table), q)
 
 
+@pytest.mark.parametrize("rounded_inputs", [False, True])
+def test_float_zero_points_lie_beside_the_codes_as_they_are(rounded_inputs):
+    weights = WeightScheme(bits=8, symmetric=False, group_size=8, zero_dtype="float16")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (5, 24), generator=generator).to(torch.int8)
+    scale, zero = (
+        torch.rand(5, 3, generator=generator).bfloat16(),
+        torch.randn(5, 3, generator=generator).half(),
+    )
+    q = QuantizedTensor(codes, scale, zero, weights)
+    scheme = LinearScheme(weights=weights, activations=ActivationScheme() if rounded_inputs else None)
+    stored = encode_linear("x", q, scheme)
+    assert (
+        torch.equal(stored["x.weight_zero_point"], zero)
+        and stored["x.weight_zero_point"].dtype is torch.float16
+    )
+    assert_same(decode_linear("x", stored, scheme), q)
+    wanted = (codes.view(5, 3, 8).double() - zero.double()[..., None]) * scale.double()[..., None]
+    torch.testing.assert_close(q.dequantize().double(), wanted.view(5, 24), rtol=1e-6, atol=1e-6)
+
+
 @settings(max_examples=30, deadline=None)
 @given(tensors(), st.data())
 def test_some_rows_are_those_rows(q, data):

@@ -71,6 +71,13 @@ def test_what_does_not_fit_is_not_forced(q, kind):
     assert transcode(q, kind) is None
 
 
+def test_float_zero_points_are_left_to_whoever_fits_anew():
+    q = stored(4, symmetric=False, group_size=32)
+    assert transcode(q, "Q5_0") is not None
+    floating = QuantizedTensor(q.codes, q.scale, q.zero.half() + 0.25, q.scheme)
+    assert all(transcode(floating, kind) is None for kind in ("Q4_1", "Q5_0", "Q8_0"))
+
+
 @pytest.mark.parametrize("scale", [1e-9, 1e30, 1e-6])
 def test_scales_beyond_float16_do_not_pass_for_equal(scale):
     q = stored(4)

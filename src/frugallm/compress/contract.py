@@ -12,8 +12,8 @@ A :class:`BlockMethod` works on decoder blocks. It may have three verbs and writ
 The walk prunes and solves site by site in the order of computation, with statistics of inputs that have passed through
 everything stored so far. Where rows are independent of each other (``by_rows``), linears that share an input are one
 weight. Where an earlier step has pruned the weight, ``solve`` finds ``pruned``, bool ``(out, in)``, among its statistics:
-these entries are zero and stay zero. A solver that moves weights away from their nearest value must read it; for the
-others there is nothing to do, for every grid holds zero.
+these entries are zero and stay zero. A solver that moves weights away from their nearest value must read it, and so must
+one whose grids need not hold zero (float zero points); for the others there is nothing to do.
 
 A :class:`TableMethod` works on the embedding and the head, by rows. The walk owns everything else: loading, forwards,
 statistics, writing, progress, resume.

@@ -220,8 +220,9 @@ def container_bytes(
     groups = width // weights.columns_per_scale(width)
     scale = rows * groups * getattr(torch, weights.scale_dtype).itemsize
     static = 4 if scheme.activations is not None and not scheme.activations.dynamic else 0
+    float_zero = 2 * rows * groups if weights.zero_dtype == "float16" else None
     if not packed:
-        zero = 0 if weights.symmetric else rows * groups
+        zero = 0 if weights.symmetric else float_zero or rows * groups
         return rows * width + scale * (2 if rescaled else 1) + zero + static
-    zero = 0 if weights.symmetric else 4 * -(-rows * weights.bits // 32) * groups
+    zero = 0 if weights.symmetric else float_zero or 4 * -(-rows * weights.bits // 32) * groups
     return 4 * rows * -(-width * weights.bits // 32) + scale + zero + 16 + static

@@ -174,6 +174,7 @@ class Bench:
                 "recipe": Recipe(steps=tuple(ours)).to_cli(),
                 "baseline_recipe": Recipe(steps=tuple(baseline)).to_cli(),
                 "interval": list(ends) if ends else None,
+                "share": share,
                 "perplexity": [a.perplexity.value, b.perplexity.value],
                 "reference_perplexity": float(torch.tensor(a.reference_nll_per_window).double().mean().exp()),
                 "verdicts": [a.verdict, b.verdict],

@@ -13,8 +13,9 @@ naive-         embedding and head in    ``weight`` int8 ``(vocabulary, width)``,
 quantized      8 bits                   its own name and shares the weight
 ============== ======================== ===================================================================================
 
-One key is our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded.
-Readers of the format refuse keys that they do not know, so none of them computes something else instead.
+Two keys are our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded,
+and ``zero_dtype`` in ``weights``, where ``weight_zero_point`` is float16 ``(out, groups)`` and not packed. Readers of the
+format refuse keys that they do not know, so none of them computes something else instead.
 
 Codes are stored unsigned, ``code + 2^(b-1)``, as a little-endian bit stream along each row. Packing is left to the
 ``compressed-tensors`` package, so that what is written is what it reads.
@@ -62,7 +63,9 @@ def encode_linear(
         out[f"{path}.weight_packed"] = pack_to_int32(q.codes, q.scheme.bits)
         out[f"{path}.weight_shape"] = torch.tensor(q.codes.shape, dtype=torch.int64)
         if q.zero is not None:
-            out[f"{path}.weight_zero_point"] = pack_to_int32(q.zero, q.scheme.bits, packed_dim=0).contiguous()
+            whole = not q.zero.is_floating_point()
+            zero = pack_to_int32(q.zero, q.scheme.bits, packed_dim=0) if whole else q.zero
+            out[f"{path}.weight_zero_point"] = zero.contiguous()
     else:
         out[f"{path}.weight"] = q.codes.contiguous()
         if q.zero is not None:
@@ -86,8 +89,8 @@ def decode_linear(
     shape = torch.Size(tensors[f"{path}.weight_shape"].tolist())
     codes = unpack_from_int32(tensors[f"{path}.weight_packed"], bits, shape)
     packed = tensors.get(f"{path}.weight_zero_point")
-    if packed is None:
-        return QuantizedTensor(codes, scale, None, scheme.weights)
+    if packed is None or packed.is_floating_point():
+        return QuantizedTensor(codes, scale, packed, scheme.weights)
     # Packed down the rows. Turned here, by a copy: the package's own way fails where all rows fit in one word.
     turned = packed.T.clone(memory_format=torch.contiguous_format)
     zero = unpack_from_int32(turned, bits, scale.T.shape).T.contiguous()
@@ -95,7 +98,7 @@ def decode_linear(
 
 
 def _weight_arguments(scheme: WeightScheme) -> dict[str, Any]:
-    return {
+    arguments: dict[str, Any] = {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.symmetric,
@@ -103,6 +106,10 @@ def _weight_arguments(scheme: WeightScheme) -> dict[str, Any]:
         "group_size": scheme.group_size,
         "dynamic": False,
     }
+    if scheme.zero_dtype != "int8":
+        # Not in the format, as "outliers" below.
+        arguments["zero_dtype"] = scheme.zero_dtype
+    return arguments
 
 
 def _input_arguments(scheme: LinearScheme) -> dict[str, Any] | None:

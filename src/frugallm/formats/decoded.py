@@ -34,7 +34,10 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
     )
     return LinearScheme(
         weights=WeightScheme(
-            bits=weights["num_bits"], symmetric=weights["symmetric"], group_size=weights["group_size"]
+            bits=weights["num_bits"],
+            symmetric=weights["symmetric"],
+            group_size=weights["group_size"],
+            zero_dtype=weights.get("zero_dtype", "int8"),
         ),
         activations=activations,
     )

@@ -11,10 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from frugallm.compress.plan import Modules, Plan
-from frugallm.formats.quantized_tensor import ActivationScheme
+from frugallm.formats.quantized_tensor import ActivationScheme, WeightScheme
 
 Inputs = Literal["none", "token", "static", "outliers"]
-Grid = Literal["symmetric", "asymmetric"]
+Grid = Literal["symmetric", "asymmetric", "float zero"]
 
 
 class Support(BaseModel):
@@ -62,9 +62,13 @@ def _kind(rounded: ActivationScheme | None) -> Inputs:
 
 def grids(plan: Plan) -> set[Grid]:
     """Return the kinds of grids on which a plan stores weights."""
-    return {
-        "symmetric" if linear.scheme.weights.symmetric else "asymmetric" for linear in plan.linears.values()
-    }
+    return {_grid(linear.scheme.weights) for linear in plan.linears.values()}
+
+
+def _grid(weights: WeightScheme) -> Grid:
+    if weights.symmetric:
+        return "symmetric"
+    return "asymmetric" if weights.zero_dtype == "int8" else "float zero"
 
 
 def loads(row: Support, weights: Iterable[int], inputs: Iterable[Inputs], tables: Iterable[int]) -> bool:

@@ -7,6 +7,7 @@ and codes are never derived again from rounded weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -26,6 +27,9 @@ class WeightScheme(BaseModel):
         Consecutive input columns that share a scale; ``None``: the whole row.
     scale_dtype
         Type in which scales are stored; they are rounded to it before codes are computed.
+    zero_dtype
+        Type of the zero points of an asymmetric grid: ``int8``, values on the grid of the codes, which are packed as
+        the codes are; or ``float16``, which lets the grid begin anywhere.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +38,7 @@ class WeightScheme(BaseModel):
     symmetric: bool = True
     group_size: int | None = None
     scale_dtype: str = "bfloat16"
+    zero_dtype: Literal["int8", "float16"] = "int8"
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -47,7 +52,8 @@ class WeightScheme(BaseModel):
     def label(self) -> str:
         """Return a short name such as ``W4 g64 symmetric``."""
         group = f"g{self.group_size}" if self.group_size else "per row"
-        return f"W{self.bits} {group} {'symmetric' if self.symmetric else 'asymmetric'}"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"W{self.bits} {group} {kind}{'' if self.zero_dtype == 'int8' else ', float zero'}"
 
 
 class ActivationScheme(BaseModel):
@@ -96,7 +102,7 @@ class QuantizedTensor:
     scale
         ``(out, groups)`` in the stored type.
     zero
-        ``(out, groups)`` int8, or ``None`` when symmetric.
+        ``(out, groups)`` in its stored type, or ``None`` when symmetric.
     scheme
         What the numbers mean.
     """
@@ -116,9 +122,9 @@ class QuantizedTensor:
         return (grouped * self.scale.float()[..., None]).view(rows, width).to(dtype)
 
     def with_zeros(self, mask: Tensor) -> QuantizedTensor:
-        """Return the same with the codes of zero where ``mask`` ``(out, in)`` is true."""
+        """Return the same with the codes of zero where ``mask`` ``(out, in)`` is true; zero points must be whole."""
         groups = self.scale.shape[1]
-        zero = torch.zeros((), dtype=torch.int8) if self.zero is None else self.zero[..., None]
+        zero = torch.zeros((), dtype=torch.int8) if self.zero is None else self.zero[..., None].to(torch.int8)
         codes = self.codes.view(len(self.codes), groups, -1)
         return replace(self, codes=torch.where(mask.view_as(codes), zero, codes).view_as(self.codes))
 

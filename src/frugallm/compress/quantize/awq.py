@@ -125,6 +125,8 @@ class AWQ(BlockMethod):
     def rewrite(self, block: Block, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Fold the best scale of eq. (4) into every site of the block."""
         mine = [p for p in block.linears if self.touches(block.full_name(p))]
+        if not mine:
+            return
         scheme = self.weights({block.full_name(p): block.weight(p).shape[1] for p in mine})
         for site in block.sites:
             paths = [p for p in site.linears if p in mine]

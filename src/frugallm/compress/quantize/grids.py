@@ -146,6 +146,9 @@ def _rounding_loss(
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, scheme: WeightScheme) -> Tensor:
     """Return the nearest codes, ``(out, in)`` int8, of ``weight`` ``(out, in)``."""
     values = weight.view(weight.shape[0], scale.shape[1], -1) / scale.float()[..., None]
+    if zero is not None and zero.is_floating_point():  # codes are whole, not their distance to the zero point
+        values += zero.float()[..., None]
+        zero = None
     values = values.round_()
     if zero is not None:
         values = values + zero.float()[..., None]
