@@ -14,8 +14,16 @@ from pathlib import Path
 
 ENVIRONMENTS = Path.home() / ".cache" / "frugallm" / "peers"
 # What is asked for; every other version comes from constraints/NAME.txt beside this file.
-PEERS = {"llmcompressor": ["torch==2.13.0", "llmcompressor==0.14.0.1"]}
-REPORTED = {"llmcompressor": ("llmcompressor", "compressed-tensors", "transformers", "torch", "accelerate")}
+# A peer has the name under which Python imports it.
+PEERS = {
+    "llmcompressor": ["torch==2.13.0", "llmcompressor==0.14.0.1"],
+    # No wheel of it is on PyPI: pip builds llama.cpp from the source it comes with (cmake, a C++ compiler, some minutes).
+    "llama_cpp": ["llama-cpp-python==0.3.36"],
+}
+REPORTED = {
+    "llmcompressor": ("llmcompressor", "compressed-tensors", "transformers", "torch", "accelerate"),
+    "llama_cpp": ("llama-cpp-python", "numpy"),
+}
 
 
 def peer_python(name: str, environments: Path = ENVIRONMENTS) -> Path:
