@@ -307,7 +307,7 @@ def _source(model: str | Path, *, results_only: bool) -> Checkpoint:
     if unfinished or results_only or (folder / "manifest.json").is_file():
         _manifest(folder)
     if not results_only:
-        return open_checkpoint(model)
+        return open_checkpoint(model, compressed=True)
     source = (reader_of(folder) or Decoded)(folder)  # Decoded says what the folder is not
     source.validate()
     return source
