@@ -226,7 +226,8 @@ def _config(data: GGUFData) -> PretrainedConfig:
             f"{path} has {len(tokens)} tokens and an embedding of {vocabulary}", "Fetch it again"
         )
     try:
-        return CONFIG_MAPPING[kind](
+        make: Any = CONFIG_MAPPING[kind]
+        return make(
             architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
             hidden_size=width,
             intermediate_size=_count(data, "feed_forward_length"),
