@@ -15,13 +15,17 @@ from pathlib import Path
 
 ENVIRONMENTS = Path.home() / ".cache" / "frugallm" / "peers"
 # What is asked for; every other version comes from constraints/NAME.txt beside this file.
+# A peer has the name under which Python imports it.
 PEERS = {
     "llmcompressor": ["torch==2.13.0", "llmcompressor==0.14.0.1"],
     "hqq": ["torch==2.13.0", "hqq==0.2.8.post1"],
+    # No wheel of it is on PyPI: pip builds llama.cpp from the source it comes with (cmake, a C++ compiler, some minutes).
+    "llama_cpp": ["llama-cpp-python==0.3.36"],
 }
 REPORTED = {
     "llmcompressor": ("llmcompressor", "compressed-tensors", "transformers", "torch", "accelerate"),
     "hqq": ("hqq", "transformers", "torch"),
+    "llama_cpp": ("llama-cpp-python", "numpy"),
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_llama import MERGES, TEMPLATE, TOKENS, TYPES, GGUFWriter, permute, tiny_model
 from tokenizers import normalizers, pre_tokenizers
+from transformers import CONFIG_MAPPING
 
 from frugallm.cli.main import main
 from frugallm.conformance import trial
@@ -23,6 +24,7 @@ from frugallm.models.gguf_tokenizer import PRE, build_tokenizer
 from frugallm.progress import Progress
 from frugallm.recipe import Recipe
 from frugallm.report_files import manifest_of
+from packed_folders import gptq_parts, packed_copy
 from small_job import write_text
 
 IDS = torch.tensor([[3, 50, 7, 99, 12, 200, 4, 4, 31]])
@@ -86,6 +88,46 @@ def test_a_folder_comes_back_with_equal_logits(tmp_path, tied, bias):
     theirs = permute(model.state_dict()["model.layers.1.self_attn.q_proj.weight"].numpy(), 4)
     assert np.array_equal(values["blk.1.attn_q.weight"], theirs)
     assert any("0 rounded" in text for text in heard.said)
+
+
+def other_family(folder, kind, **changes):
+    """Save a small random model of another family with the tokenizer of its kind."""
+    fields = {k: getattr(tiny_model().config, k) for k in ("vocab_size", "hidden_size", "intermediate_size")}
+    fields |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    fields |= {"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    model = trial.randomized(CONFIG_MAPPING[kind](**(fields | changes)), seed=0)
+    pre = "qwen2" if kind.startswith("qwen") else "tekken"
+    return save(folder / kind, model, GGUFWriter(folder)(values={"tokenizer.ggml.pre": pre})), model
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "stored_as"),
+    [
+        ("mistral", {"head_dim": 24, "sliding_window": None}, "llama"),
+        ("qwen2", {"tie_word_embeddings": True}, "qwen2"),
+        ("qwen3", {"head_dim": 32, "tie_word_embeddings": False}, "qwen3"),
+    ],
+)
+def test_families_come_back_with_equal_logits(kind, changes, stored_as, tmp_path):
+    folder, model = other_family(tmp_path, kind, **changes)
+    back = open_checkpoint(export(folder, "gguf:F32"))
+    assert back.facts["general.architecture"] == stored_as
+    assert back.config.tie_word_embeddings is model.config.tie_word_embeddings
+    assert torch.allclose(dense_model(back)(IDS).logits, model(IDS).logits, atol=1e-5)
+    query = model.state_dict()["model.layers.1.self_attn.q_proj.weight"].numpy()
+    expected = permute(query, 4) if stored_as == "llama" else query
+    assert np.array_equal(written(back.path)[0]["blk.1.attn_q.weight"], expected)
+    text = "The cafe\u0301 12<extra>"
+    assert back.tokenizer(text)["input_ids"] == open_checkpoint(folder).tokenizer(text)["input_ids"]
+    quantized = open_checkpoint(export(back.path, "gguf:Q8_0"))
+    assert (dense_model(quantized)(IDS).logits - model(IDS).logits).abs().max() < 0.5
+
+
+def test_a_window_that_llama_cpp_does_not_have_is_told(tmp_path):
+    folder, _ = other_family(tmp_path, "mistral", sliding_window=16)
+    heard = Heard()
+    export(folder, "gguf:F32", progress=heard)
+    assert heard.said[0].startswith("attention looks back 16 tokens in this model")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,6 +229,25 @@ def test_codes_of_a_result_are_carried_over(steps, kind, rounded, tmp_path):
         for name in decoded.names():
             assert torch.equal(back.tensor(name), decoded.tensor(name).float()), name
         assert torch.allclose(dense_model(back)(IDS).logits, model(IDS).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "rounded"), [("Q4_0", 0), ("Q4_1", 0), ("IQ4_NL", 14)])
+def test_codes_of_a_gptq_folder_are_carried_over(kind, rounded, tiny_folder, tmp_path):
+    def pack(_, weight):
+        grouped = weight.view(len(weight), -1, 32)
+        scales = (grouped.abs().amax(-1) / 7.5).half()
+        codes = (grouped / scales[..., None].float()).round().clamp(-8, 7).int() + 8
+        zeros = torch.full_like(scales, 8, dtype=torch.int32)
+        return gptq_parts(codes.view_as(weight), zeros, scales, 4, version="gptq")
+
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+    folder = packed_copy(tiny_folder, tmp_path / "gptq", settings, pack)
+    heard = Heard()
+    path = export(folder, f"gguf:{kind}", progress=heard, tables="F32")
+    assert f"{20 - rounded} tensors lossless, {rounded} rounded" in heard.said[-1]
+    source, back = open_checkpoint(folder, compressed=True), open_checkpoint(path)
+    if not rounded:
+        assert all(torch.equal(back.tensor(n), source.tensor(n).float()) for n in source.names())
 
 
 def test_scales_that_float16_lacks_cost_less_than_encoding_anew(tmp_path):
@@ -351,6 +412,20 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(changes, said, tmp_pa
 
     with pytest.raises(ExportError, match=said):
         make_layout(InMemory(tiny_model(**changes), tokenizer), "Q4_0")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("qwen3", {"attention_bias": True}, "attention_bias is True, llama.cpp computes False in 'qwen3'"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16}, "use_sliding_window is True"),
+        ("gemma3_text", {"head_dim": 16}, "architecture 'gemma3_text' cannot be written as GGUF"),
+    ],
+)
+def test_variants_that_llama_cpp_does_not_have_are_refused(kind, changes, said, tmp_path):
+    folder, _ = other_family(tmp_path, kind, **changes)
+    with pytest.raises(ExportError, match=said):
+        export(folder, "gguf:F32")
 
 
 def test_an_architecture_without_a_row_is_named(tiny_gguf):

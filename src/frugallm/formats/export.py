@@ -195,7 +195,7 @@ def export(
     Parameters
     ----------
     model
-        A finished result of ``frugal run``; for GGUF also any model: a folder, a GGUF file or a name.
+        A finished result of ``frugal run``; for GGUF also any model: a folder, plain or compressed, a GGUF file or a name.
     to
         Name of a format, a key of :data:`FORMATS`. ``dense`` keeps the values that the codes stand for, rounded to the
         type in which the folder stores what is not compressed (bf16 unless the run said otherwise). ``gguf:TYPE`` is a
@@ -323,22 +323,20 @@ def _target(model: str | Path, name: str, kind: str, out: str | Path | None, suf
 
 
 def _source(model: str | Path, *, results_only: bool) -> Checkpoint:
-    """Open a result of ``frugal run`` with its stored codes, anything else as a model."""
-    from frugallm.formats.decoded import Decoded, Own
+    """Open a compressed folder with its stored codes, anything else as a model."""
+    from frugallm.formats.decoded import Decoded
+    from frugallm.formats.packed_folder import reader_of
     from frugallm.models.open import open_checkpoint
-    from frugallm.models.safetensors_folder import read_config
 
     folder = Path(model)
     unfinished = not folder.exists() and folder.with_name(f"{folder.name}.partial").exists()
-    if unfinished or (folder / "manifest.json").is_file():
+    if unfinished or results_only or (folder / "manifest.json").is_file():
         _manifest(folder)
-        settings = read_config(folder).get("quantization_config")
-        if results_only or settings is not None:
-            own = isinstance(settings, dict) and settings.get("quant_method") == Own.method
-            source = (Own if own else Decoded)(folder)
-            source.validate()
-            return source
-    return open_checkpoint(model)
+    if not results_only:
+        return open_checkpoint(model, compressed=True)
+    source = (reader_of(folder) or Decoded)(folder)  # Decoded says what the folder is not
+    source.validate()
+    return source
 
 
 @contextmanager

@@ -7,13 +7,14 @@ come from the ``gguf`` package. A family that has no row is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
 from frugallm.errors import ExportError
+from frugallm.models.family import Heads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,12 +37,15 @@ class GGUFFamily:
         heads.
     computed
         Attributes of the configuration that llama.cpp takes for granted, with the value that it takes.
+    window
+        Attribute with the number of tokens that attention looks back, which llama.cpp does not limit.
     """
 
     architecture: MODEL_ARCH
     numbers: Mapping[str, str]
     rotary: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, Any] = field(default_factory=dict)
+    window: str | None = None
 
     @property
     def name(self) -> str:
@@ -50,8 +54,22 @@ class GGUFFamily:
 
     def metadata(self, config: PretrainedConfig) -> dict[str, int | float]:
         """Return the hyper-parameters under their full keys."""
-        found = {f"{self.name}.{key}": getattr(config, name) for key, name in self.numbers.items()}
-        return found | {f"{self.name}.rope.freq_base": float(config.rope_parameters["rope_theta"])}
+        found: dict[str, int | float] = {key: getattr(config, name) for key, name in self.numbers.items()}
+        heads = Heads.of(config)
+        found |= {"attention.head_count": heads.query, "attention.head_count_kv": heads.values}
+        found |= dict.fromkeys(OF_A_HEAD, heads.width)
+        found["rope.freq_base"] = float(config.rope_parameters["rope_theta"])
+        return {f"{self.name}.{key}": value for key, value in found.items()}
+
+    def notes(self, config: PretrainedConfig) -> list[str]:
+        """Say what llama.cpp will compute otherwise."""
+        back = getattr(config, self.window, None) if self.window else None
+        if back is None or back >= config.max_position_embeddings:
+            return []
+        return [
+            f"attention looks back {back} tokens in this model and without limit in llama.cpp: "
+            "longer texts are computed otherwise there"
+        ]
 
     def row_order(self, name: str, rows: int, config: PretrainedConfig) -> np.ndarray | None:
         """Say which row of ``transformers`` is which row of the file; ``None``: they are the same.
@@ -71,20 +89,21 @@ DECODER = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
     "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.key_length": "head_dim",
-    "attention.value_length": "head_dim",
-    "rope.dimension_count": "head_dim",
 }
+OF_A_HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+LLAMA = GGUFFamily(
+    MODEL_ARCH.LLAMA,
+    DECODER,
+    rotary={"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"},
+    computed={"hidden_act": "silu"},
+)
+QWEN = {"hidden_act": "silu", "use_sliding_window": False}
 FAMILIES = {
-    "llama": GGUFFamily(
-        MODEL_ARCH.LLAMA,
-        DECODER,
-        rotary={"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"},
-        computed={"hidden_act": "silu"},
-    ),
+    "llama": LLAMA,
+    "mistral": replace(LLAMA, window="sliding_window"),
+    "qwen2": GGUFFamily(MODEL_ARCH.QWEN2, DECODER, computed=QWEN),
+    "qwen3": GGUFFamily(MODEL_ARCH.QWEN3, DECODER, computed=QWEN | {"attention_bias": False}),
 }
 #: Families that no row can be written for.
 UNKNOWN_TO_LLAMA_CPP = ("opt",)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NORMAL, UNUSED = 1, 5
 #: The name to write where several have the same splits.
-PREFERRED = ("gpt-2", "smollm", "llama-bpe", "tekken")
+PREFERRED = ("gpt-2", "smollm", "llama-bpe", "tekken", "qwen2")
 ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
 ELSEWHERE = "Hand it on in another format"
 
@@ -112,21 +112,25 @@ def pre_tokenizer_name(described: dict[str, Any], name: str) -> str:
     ExportError
         If they have no name, or the text is changed before it is split.
     """
-    if described.get("normalizer") is not None:
-        raise ExportError(
-            f"{name}: its tokenizer changes the text ({described['normalizer']['type']}) before it splits it, "
-            "which GGUF cannot say",
-            ELSEWHERE,
-        )
+    normalizer = (described.get("normalizer") or {"type": ""})["type"]
     kind, pattern = _splits(described.get("pre_tokenizer") or {})
     ignores = bool(described["model"].get("ignore_merges"))
-    for candidate in PREFERRED:
-        known: Splits = PRE[candidate]
-        if (known.kind, known.pattern, known.ignore_merges) == (kind, pattern, ignores):
+    alike = [c for c in PREFERRED if _key(PRE[c]) == (kind, pattern, ignores)]
+    for candidate in alike:
+        if PRE[candidate].normalizer == normalizer:
             return candidate
+    if normalizer:
+        raise ExportError(
+            f"{name}: its tokenizer changes the text ({normalizer}) before it splits it, which GGUF cannot say",
+            ELSEWHERE,
+        )
     raise ExportError(
         f"{name}: the splits of its tokenizer have no name in GGUF that is known here", ELSEWHERE
     )
+
+
+def _key(splits: Splits) -> tuple[str, str, bool]:
+    return splits.kind, splits.pattern, splits.ignore_merges
 
 
 def _splits(described: dict[str, Any]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """Write a model as a GGUF file for llama.cpp, tensor by tensor.
 
 A tensor is stored, in this order of preference: as the bytes of the source where that is a GGUF file and has it in the
-same type; with the codes of the source where that is a result of ``frugal run`` and the type holds them; encoded anew
+same type; with the codes of the source where that is a compressed folder and the type holds them; encoded anew
 (:mod:`~frugallm.formats.gguf_types`). What comes out is decoded and compared, so that the summary can say which tensors kept
 every value.
 
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from frugallm.errors import ExportError
 from frugallm.formats import gguf_types, shards
-from frugallm.formats.decoded import Decoded
 from frugallm.formats.gguf_families import GGUFFamily, gguf_family, stored_names
 from frugallm.formats.gguf_transcode import transcode
 from frugallm.formats.gguf_vocabulary import vocabulary
+from frugallm.formats.packed_folder import PackedFolder
 from frugallm.models.gguf_file import GGUFFile
 from frugallm.progress import Progress
 
@@ -113,7 +113,7 @@ def make_layout(checkpoint: Checkpoint, kind: str, tables: str | None = None) ->
             continue
         wanted[name] = wanted_of_tables if name in found_tables else kind
         types[name] = gguf_types.fitting_type(wanted[name], shape[-1])
-    notes = _fallback_notes(checkpoint, wanted, types)
+    notes = family.notes(checkpoint.config) + _fallback_notes(checkpoint, wanted, types)
     if wanted_of_tables != kind:
         notes.insert(0, f"embedding and head are stored as {wanted_of_tables}")
     metadata = _metadata(checkpoint, family, kind) | vocabulary(checkpoint)
@@ -233,7 +233,7 @@ def stored_rows(
             return raw, True
     if kind == "F32":
         return gguf_types.encode(matrix, kind), True
-    q = checkpoint.quantized(name.removesuffix(".weight")) if isinstance(checkpoint, Decoded) else None
+    q = checkpoint.quantized(name.removesuffix(".weight")) if isinstance(checkpoint, PackedFolder) else None
     kept = None if q is None else transcode(q, kind)
     if kept is not None:
         error = _error(matrix, kept, kind)

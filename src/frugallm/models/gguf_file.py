@@ -1,4 +1,4 @@
-"""A GGUF file of the llama architecture as a plain ``transformers`` checkpoint."""
+"""A GGUF file as a plain ``transformers`` checkpoint."""
 
 from __future__ import annotations
 
@@ -32,12 +32,21 @@ IN_BLOCK = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
 BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
+#: Architecture to ``transformers`` model type and the linears that may have a bias: field of the configuration to name.
+ARCHITECTURES = {
+    "llama": ("llama", {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"attention_bias": "attn_q"}),
+}
+PAIRED = ("llama",)  # q and k lie rotary pair by rotary pair
 LARGEST = 2**31  # no width or count of a real model is larger; beyond it sizes overflow
 
 
@@ -136,14 +145,14 @@ class GGUFFile(Checkpoint):
     def _row_order(self, name: str, rows: int) -> np.ndarray | None:
         """Say which stored row is which row of ``transformers``.
 
-        GGUF keeps the two halves of each rotary pair in q and k side by side (rows ``2i, 2i+1`` of a head),
+        GGUF keeps the two halves of each rotary pair in q and k of llama side by side (rows ``2i, 2i+1`` of a head),
         ``transformers`` half a head apart (rows ``i, i + d/2``).
         """
         heads = {
             "q_proj": self.config.num_attention_heads,
             "k_proj": self.config.num_key_value_heads,
         }.get(name.split(".")[-2])
-        if heads is None:
+        if heads is None or self.config.model_type not in PAIRED:
             return None
         if rows % (2 * heads):
             raise ModelError(f"{self.path}: {name} has {rows} rows, which {heads} heads cannot share")
@@ -179,23 +188,28 @@ def _transformers_names(data: GGUFData) -> dict[str, str]:
                 "Use the model's safetensors folder",
             )
         else:
-            raise ModelError(f"{data.path}: tensor '{stored}' has no place in a llama model")
+            raise ModelError(f"{data.path}: tensor '{stored}' has no place in a model of its architecture")
     return found
 
 
 def _config(data: GGUFData) -> PretrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     metadata, path = data.metadata, data.path
     architecture = metadata.get("general.architecture")
-    if architecture != "llama":
-        raise ModelError(f"{path}: architecture '{architecture}' is not read from GGUF", "Supported: llama")
+    if architecture not in ARCHITECTURES:
+        raise ModelError(
+            f"{path}: architecture '{architecture}' is not read from GGUF",
+            f"Supported: {', '.join(ARCHITECTURES)}",
+        )
+    kind, biases = ARCHITECTURES[architecture]
     if metadata.get("split.count", 1) not in (0, 1):
         raise ModelError(
             f"{path} is one part of a split model", "Merge the parts with llama.cpp's gguf-split"
         )
-    if metadata.get("llama.rope.scaling.type", "none") != "none":
+    if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
         raise ModelError(f"{path} scales its rotary frequencies, which is not read from GGUF")
     heads, width = _count(data, "attention.head_count"), _count(data, "embedding_length")
     head_dim = _count(data, "attention.key_length", width // heads)
@@ -212,8 +226,9 @@ def _config(data: GGUFData) -> PretrainedConfig:
             f"{path} has {len(tokens)} tokens and an embedding of {vocabulary}", "Fetch it again"
         )
     try:
-        return LlamaConfig(
-            architectures=["LlamaForCausalLM"],
+        make: Any = CONFIG_MAPPING[kind]
+        return make(
+            architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
             hidden_size=width,
             intermediate_size=_count(data, "feed_forward_length"),
             num_hidden_layers=_count(data, "block_count"),
@@ -224,32 +239,35 @@ def _config(data: GGUFData) -> PretrainedConfig:
             vocab_size=vocabulary,
             rms_norm_eps=_real(data, "attention.layer_norm_rms_epsilon", 1e-5),
             rope_parameters={"rope_type": "default", "rope_theta": _real(data, "rope.freq_base", 10000.0)},
-            attention_bias="blk.0.attn_q.bias" in data.tensors,
-            mlp_bias="blk.0.ffn_up.bias" in data.tensors,
+            **{field: f"blk.0.{linear}.bias" in data.tensors for field, linear in biases.items()},
             tie_word_embeddings="output.weight" not in data.tensors,
             bos_token_id=token_id(metadata, "bos", path),
             eos_token_id=token_id(metadata, "eos", path),
             pad_token_id=token_id(metadata, "padding", path),
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"{path}: its metadata describes no llama model ({error})") from error
+        raise ModelError(f"{path}: its metadata describes no {architecture} model ({error})") from error
+
+
+def _value(data: GGUFData, key: str, default: float | None) -> tuple[str, Any]:
+    """Return the full key of a hyper-parameter and its value."""
+    full = f"{data.metadata.get('general.architecture')}.{key}"
+    return full, data.metadata.get(full, default)
 
 
 def _count(data: GGUFData, key: str, default: int | None = None) -> int:
-    value = data.metadata.get(f"llama.{key}", default)
+    full, value = _value(data, key, default)
     if type(value) is not int or not 1 <= value < LARGEST:
         raise ModelError(
-            f"{data.path}: llama.{key} is {value!r}, expected a positive whole number", "Fetch it again"
+            f"{data.path}: {full} is {value!r}, expected a positive whole number", "Fetch it again"
         )
     return value
 
 
 def _real(data: GGUFData, key: str, default: float) -> float:
-    value = data.metadata.get(f"llama.{key}", default)
+    full, value = _value(data, key, default)
     with np.errstate(over="ignore", under="ignore"):
         number = float(str(np.float32(value))) if type(value) is float else 0.0  # 1e-5, not 9.999999747e-06
     if not 0 < number < float("inf"):
-        raise ModelError(
-            f"{data.path}: llama.{key} is {value!r}, expected a positive number", "Fetch it again"
-        )
+        raise ModelError(f"{data.path}: {full} is {value!r}, expected a positive number", "Fetch it again")
     return number

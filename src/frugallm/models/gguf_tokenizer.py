@@ -31,12 +31,15 @@ class Splits:
         A piece that is a token as a whole is taken as it is.
     add_bos
         What holds where the file does not say.
+    normalizer
+        What becomes of the text before it is cut: nothing, or Unicode's ``"NFC"``.
     """
 
     kind: Literal["gpt2", "digits", "pattern"]
     pattern: str = ""
     ignore_merges: bool = False
     add_bos: bool = False
+    normalizer: Literal["", "NFC"] = ""
 
 
 GPT2 = Splits("gpt2")
@@ -55,6 +58,7 @@ TEKKEN = Splits(
     ignore_merges=True,
     add_bos=True,
 )
+QWEN2 = Splits("pattern", CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|" + TAIL, normalizer="NFC")
 PRE = {
     "gpt-2": GPT2,
     "mpt": GPT2,
@@ -66,6 +70,7 @@ PRE = {
     "llama-v3": LLAMA3,
     "llama3": LLAMA3,
     "tekken": TEKKEN,
+    "qwen2": QWEN2,
 }
 
 
@@ -77,7 +82,7 @@ def build_tokenizer(metadata: dict[str, Any], path: Path) -> Any:
     ModelError
         If the file's tokenizer is of another kind, or damaged.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
@@ -86,6 +91,8 @@ def build_tokenizer(metadata: dict[str, Any], path: Path) -> Any:
     backend = Tokenizer(
         BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=splits.ignore_merges)
     )
+    if splits.normalizer:
+        backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _pre_tokenizer(splits)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(
