@@ -190,7 +190,7 @@ def test_a_model_that_is_not_there_is_answered_soon(name, says, job, capsys):
         ("rtn gptq", "would be rounded twice"),
         ("gptq gptq", "would be rounded twice"),
         ("embedding embedding", "embedding stands twice"),
-        ("smoothquant smoothquant", "both set how the input"),
+        ("smoothquant smoothquant", "both scale the input of"),
         ("gptq:group_size=128", "Sizes that fit: 16, 32; -1 is one scale a row"),
         ("gptq:group_size=0", "group_size 0 does not divide"),
         ("gptq:group_size=-2", "group_size must be"),
