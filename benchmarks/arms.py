@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import peers
 import setting as common
-from harness import GIB, Measurement, frugal, measure, spread, table
+from harness import GIB, Measurement, facts, frugal, measure, spread, table, write_result
 
 HERE = Path(__file__).parent
 
@@ -151,6 +153,73 @@ def show(arms: Mapping[str, Arm], runs: dict[str, Any], evaluations: dict[str, A
             ]
         )
     return table(header, rows)
+
+
+def benchmark(
+    name: str,
+    arms: Mapping[str, Arm],
+    *,
+    about: str,
+    more: Mapping[str, Any],
+    pairs: Callable[[list[str]], list[tuple[str, str]]],
+    verdicts: Callable[[dict[str, Any], dict[str, Any], list[dict[str, Any]]], dict[str, Any]],
+    candidate: Callable[[Path, str], Any] = lambda folder, _: folder,
+    fact: Callable[[Path], dict[str, Any]] = lambda _: {},
+) -> None:
+    """Do a whole benchmark against llm-compressor: options, runs, evaluation, verdicts, ``results/NAME.json``.
+
+    Parameters
+    ----------
+    about
+        What ``--help`` says.
+    more
+        What belongs to the setting besides the shared one.
+    pairs
+        Which of the arms that ran are compared, ours first.
+    verdicts
+        Holds the figures against the targets: from runs, evaluations and comparisons.
+    candidate
+        What the evaluator takes for an arm, from its folder and name.
+    fact
+        More facts about a folder.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    common.add_options(parser)
+    parser.add_argument(
+        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
+    )
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each timed arm")
+    args = parser.parse_args()
+    known = facts()
+    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    names = common.pick(list(arms), args.only)
+    python = peers.peer_python("llmcompressor", args.envs)
+    with common.kept_folder(args.work) as work:
+        place = {"work": Path(work), "python": python, "model": common.dense_folder(Path(work) / "dense")}
+        place["tokens"] = common.calibration_tokens(
+            setting, place["model"], Path(work) / "tokens.safetensors"
+        )
+        runs = run_arms({n: arms[n] for n in names}, place, setting, args.repeats, resume=args.resume)
+        runs = {n: run | fact(place[n]) for n, run in runs.items()}
+        candidates = {n: candidate(place[n], n) for n in names}
+        evaluations = common.evaluate_folders(setting, candidates, place["model"])
+    comparisons = [common.compare(evaluations[a], evaluations[b]) for a, b in pairs(names)]
+    found = verdicts(runs, evaluations, comparisons)
+    content = {
+        "benchmark": name,
+        "facts": known,
+        "setting": setting.facts() | dict(more) | {"repeats": args.repeats},
+        "peer": peers.versions("llmcompressor", python),
+        "unquantized_perplexity": base_perplexity(evaluations),
+        "arms": {n: runs[n] | {"evaluation": evaluations[n].model_dump(mode="json")} for n in names},
+        "comparisons": comparisons,
+        "verdicts": found,
+    }
+    path = write_result(name, content)
+    print(f"\n{show(arms, runs, evaluations)}\n")
+    for text, verdict in found.items():
+        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
+    print(f"\nWritten to {path}.")
 
 
 def base_perplexity(evaluations: dict[str, Any]) -> float:

@@ -8,14 +8,10 @@ against the best of these in perplexity. Our plain arms say what scales and rang
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import peers
-import setting as common
-from arms import Arm, base_perplexity, ours, run_arms, show, theirs
-from harness import facts, write_result
+from arms import Arm, benchmark, ours, theirs
 
 if TYPE_CHECKING:
     from frugallm.models.checkpoint import Checkpoint
@@ -95,43 +91,21 @@ def verdicts(
     return found
 
 
+def pairs(names: list[str]) -> list[tuple[str, str]]:
+    """Return ours against everything of the same bits and kind of grid."""
+    return [(a, b) for a in names for b in names if a != b and ARMS[a].ours and grid(a) == grid(b)]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
-    parser.add_argument(
-        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
+    benchmark(
+        "awq_vs_llmcompressor",
+        ARMS,
+        about=__doc__.splitlines()[0],
+        more={"group_size": 64},
+        pairs=pairs,
+        verdicts=verdicts,
+        candidate=readable,
     )
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each timed arm")
-    args = parser.parse_args()
-    about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
-    names = common.pick(list(ARMS), args.only)
-    python = peers.peer_python("llmcompressor", args.envs)
-    with common.kept_folder(args.work) as work:
-        place = {"work": Path(work), "python": python, "model": common.dense_folder(Path(work) / "dense")}
-        place["tokens"] = common.calibration_tokens(
-            setting, place["model"], Path(work) / "tokens.safetensors"
-        )
-        runs = run_arms({n: ARMS[n] for n in names}, place, setting, args.repeats, resume=args.resume)
-        candidates = {n: readable(place[n], n) for n in names}
-        evaluations = common.evaluate_folders(setting, candidates, place["model"])
-    pairs = [(a, b) for a in names for b in names if a != b and ARMS[a].ours and grid(a) == grid(b)]
-    comparisons = [common.compare(evaluations[a], evaluations[b]) for a, b in pairs]
-    content = {
-        "benchmark": "awq_vs_llmcompressor",
-        "facts": about,
-        "setting": setting.facts() | {"group_size": 64, "repeats": args.repeats},
-        "peer": peers.versions("llmcompressor", python),
-        "unquantized_perplexity": base_perplexity(evaluations),
-        "arms": {n: runs[n] | {"evaluation": evaluations[n].model_dump(mode="json")} for n in names},
-        "comparisons": comparisons,
-        "verdicts": verdicts(runs, evaluations, comparisons),
-    }
-    path = write_result("awq_vs_llmcompressor", content)
-    print(f"\n{show(ARMS, runs, evaluations)}\n")
-    for text, verdict in content["verdicts"].items():
-        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
-    print(f"\nWritten to {path}.")
 
 
 if __name__ == "__main__":

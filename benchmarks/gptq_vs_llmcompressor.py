@@ -7,14 +7,10 @@ against its best. Each arm is a whole process; timed arms run several times, our
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
-import peers
-import setting as common
-from arms import base_perplexity, ours, run_arms, show, theirs
-from harness import GIB, facts, write_result
+from arms import benchmark, ours, theirs
+from harness import GIB
 
 MOST_TIME, MOST_MEMORY, MOST_OF_ROUNDING_W3 = 0.40, GIB, 0.75
 
@@ -74,26 +70,9 @@ def verdicts(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
-    parser.add_argument(
-        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
-    )
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each timed arm")
-    args = parser.parse_args()
-    about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
-    names = common.pick(list(ARMS), args.only)
-    python = peers.peer_python("llmcompressor", args.envs)
-    with common.kept_folder(args.work) as work:
-        place = {"work": Path(work), "python": python, "model": common.dense_folder(Path(work) / "dense")}
-        place["tokens"] = common.calibration_tokens(
-            setting, place["model"], Path(work) / "tokens.safetensors"
-        )
-        arms = run_arms({n: ARMS[n] for n in names}, place, setting, args.repeats, resume=args.resume)
-        evaluations = common.evaluate_folders(setting, {n: place[n] for n in names}, place["model"])
-    pairs = [
+def pairs(names: list[str]) -> list[tuple[str, str]]:
+    """Return ours against the peer's and against rounding, at the same bits."""
+    return [
         (a, b)
         for a in names
         for b in names
@@ -102,22 +81,17 @@ def main() -> None:
         and ARMS[a].bits == ARMS[b].bits
         and (not ARMS[b].ours or ARMS[b].method == "rtn")
     ]
-    comparisons = [common.compare(evaluations[a], evaluations[b]) for a, b in pairs]
-    content = {
-        "benchmark": "gptq_vs_llmcompressor",
-        "facts": about,
-        "setting": setting.facts() | {"group_size": 64, "symmetric": True, "repeats": args.repeats},
-        "peer": peers.versions("llmcompressor", python),
-        "unquantized_perplexity": base_perplexity(evaluations),
-        "arms": {n: arms[n] | {"evaluation": evaluations[n].model_dump(mode="json")} for n in names},
-        "comparisons": comparisons,
-        "verdicts": verdicts(arms, evaluations, comparisons),
-    }
-    path = write_result("gptq_vs_llmcompressor", content)
-    print(f"\n{show(ARMS, arms, evaluations)}\n")
-    for text, verdict in content["verdicts"].items():
-        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
-    print(f"\nWritten to {path}.")
+
+
+def main() -> None:
+    benchmark(
+        "gptq_vs_llmcompressor",
+        ARMS,
+        about=__doc__.splitlines()[0],
+        more={"group_size": 64, "symmetric": True},
+        pairs=pairs,
+        verdicts=verdicts,
+    )
 
 
 if __name__ == "__main__":

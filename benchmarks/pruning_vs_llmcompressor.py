@@ -8,14 +8,10 @@ cost, and pruning together with rounding.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
-import peers
-import setting as common
-from arms import Arm, base_perplexity, ours, run_arms, show, theirs
-from harness import facts, write_result
+from arms import Arm, benchmark, ours, theirs
 
 SPARSITY = 0.5
 MOST_TIME, MOST_MEMORY = 0.5, 0.5
@@ -126,43 +122,15 @@ def zeros_of(folder: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
-    parser.add_argument(
-        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
+    benchmark(
+        "pruning_vs_llmcompressor",
+        ARMS,
+        about=__doc__.splitlines()[0],
+        more={"sparsity": SPARSITY},
+        pairs=pairs,
+        verdicts=verdicts,
+        fact=lambda folder: {"zeros": zeros_of(folder)},
     )
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each timed arm")
-    args = parser.parse_args()
-    about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
-    names = common.pick(list(ARMS), args.only)
-    python = peers.peer_python("llmcompressor", args.envs)
-    with common.kept_folder(args.work) as work:
-        place = {"work": Path(work), "python": python, "model": common.dense_folder(Path(work) / "dense")}
-        place["tokens"] = common.calibration_tokens(
-            setting, place["model"], Path(work) / "tokens.safetensors"
-        )
-        arms = run_arms({n: ARMS[n] for n in names}, place, setting, args.repeats, resume=args.resume)
-        for name in names:
-            arms[name]["zeros"] = zeros_of(place[name])
-        evaluations = common.evaluate_folders(setting, {n: place[n] for n in names}, place["model"])
-    comparisons = [common.compare(evaluations[a], evaluations[b]) for a, b in pairs(names)]
-    content = {
-        "benchmark": "pruning_vs_llmcompressor",
-        "facts": about,
-        "setting": setting.facts() | {"sparsity": SPARSITY, "repeats": args.repeats},
-        "peer": peers.versions("llmcompressor", python),
-        "unquantized_perplexity": base_perplexity(evaluations),
-        "arms": {n: arms[n] | {"evaluation": evaluations[n].model_dump(mode="json")} for n in names},
-        "comparisons": comparisons,
-        "verdicts": verdicts(arms, evaluations, comparisons),
-    }
-    path = write_result("pruning_vs_llmcompressor", content)
-    print(f"\n{show(ARMS, arms, evaluations)}\n")
-    print("Zeros in the linears of blocks: " + ", ".join(f"{n} {arms[n]['zeros']:.2%}" for n in names) + "\n")
-    for text, verdict in content["verdicts"].items():
-        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
-    print(f"\nWritten to {path}.")
 
 
 if __name__ == "__main__":
