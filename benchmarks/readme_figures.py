@@ -157,6 +157,7 @@ def figures(folder: Path) -> tuple[str, str | None]:
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900, 420, 70, 520, 30, 360
 LABELS, SPACING = RIGHT + 60, 17
+HIGHEST = 4  # times the unquantized perplexity; what lies above is drawn at the edge, and said
 OURS, PEERS = "#1f6feb", "#8250df"
 HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">
 <rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>
@@ -196,13 +197,14 @@ def svg(rows: list[Row], base: float) -> str:
     )
     sizes = [size for _, size, _ in points]
     least, most = min(sizes) * 0.97, max(sizes) * 1.03
-    bottom, top = math.log(min(base, points[-1][0]) * 0.97), math.log(max(base, points[0][0]) * 1.03)
+    highest = min(max(base, points[0][0]) * 1.03, HIGHEST * base)
+    bottom, top = math.log(min(base, points[-1][0]) * 0.97), math.log(highest)
 
     def across(size: float) -> float:
         return LEFT + (size - least) / (most - least) * (RIGHT - LEFT)
 
     def up(perplexity: float) -> float:
-        return BOTTOM - (math.log(perplexity) - bottom) / (top - bottom) * (BOTTOM - TOP)
+        return BOTTOM - (math.log(min(perplexity, highest)) - bottom) / (top - bottom) * (BOTTOM - TOP)
 
     parts = [HEAD]
     for share in (0, 0.25, 0.5, 0.75, 1):
@@ -214,6 +216,7 @@ def svg(rows: list[Row], base: float) -> str:
     for (perplexity, size, name), line in zip(points, lines, strict=True):
         color = PEERS if "llm-compressor" in name else OURS
         words, x, y = f"{perplexity:.2f}", across(size), up(perplexity)
+        words += " (off the scale)" if perplexity > highest else ""
         parts.append(POINT.format(x=x, y=y, line=line, color=color, name=escape(name), words=words))
     return "\n".join([*parts, "</svg>\n"])
 
