@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,11 +91,11 @@ def edit_settings(folder: Path, **changes: Any) -> None:
 
 
 def packed_copy(
-    source: Path, target: Path, settings: dict[str, Any], pack: Callable[[str, Tensor], dict[str, Tensor]]
+    source: Path, target: Path, quantization: dict[str, Any], pack: Callable[[str, Tensor], dict[str, Tensor]]
 ) -> Path:
     """Copy a folder with the linears of its blocks packed: ``pack(path, weight)`` returns tensors by the ends of names."""
     shutil.copytree(source, target)
-    edit_settings(target, **settings)
+    edit_settings(target, **quantization)
 
     def change(tensors: dict[str, Tensor]) -> None:
         for name in [n for n in tensors if n.endswith("_proj.weight")]:
@@ -138,3 +140,22 @@ def read_or_refused(folder: Path) -> None:
         failed = error
     line = str(failed)
     assert failed is None or (failed.status == 2 and str(folder) in line and "\n" not in line), line
+
+
+def damaged(test: Callable[..., None]) -> Callable[..., None]:
+    """Call ``test(folder, changes)`` with many ways to damage a file."""
+    places = st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255))
+    drawn = given(changes=st.lists(places, min_size=1, max_size=8))(test)
+    quiet = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=quiet)(drawn)
+
+
+def read_damaged(folder: Path, changes: list[tuple[float, int]]) -> None:
+    """Read a folder whose weights are damaged; they are as they were afterwards."""
+    path = folder / "model.safetensors"
+    intact = path.read_bytes()
+    try:
+        path.write_bytes(damage(intact, changes))
+        read_or_refused(folder)
+    finally:
+        path.write_bytes(intact)

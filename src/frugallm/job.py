@@ -84,7 +84,7 @@ class Job:
 def needs_text(plan: Plan) -> bool:
     """Whether any step of the plan reads calibration text."""
     steps = [*(p.solver for p in plan.linears.values()), *(p.pruner for p in plan.pruned.values())]
-    static = any(p.scheme.activations and not p.scheme.activations.dynamic for p in plan.linears.values())
+    static = any(p.scheme.static_inputs for p in plan.linears.values())
     return static or any(s.rewrite_needs for s in plan.rewrites) or any(step.solve_needs for step in steps)
 
 

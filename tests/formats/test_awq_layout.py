@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugallm.cli.main import main
@@ -10,11 +10,11 @@ from frugallm.formats.awq_layout import unpack_gemm, unpack_gemv
 from frugallm.models import load, open_checkpoint
 from packed_folders import (
     awq_parts,
-    damage,
+    damaged,
     edit_settings,
     gemv_parts,
     packed_copy,
-    read_or_refused,
+    read_damaged,
     refusal,
     rewrite,
 )
@@ -139,22 +139,6 @@ def test_settings_that_do_not_fit_are_one_line(packed, changed, said, capsys):
     assert said in shown and str(packed) in shown, shown
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    changes=st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
-    )
-)
+@damaged
 def test_damaged_bytes_are_read_or_refused(packed, changes):
-    path = packed / "model.safetensors"
-    intact = path.read_bytes()
-    try:
-        path.write_bytes(damage(intact, changes))
-        read_or_refused(packed)
-    finally:
-        path.write_bytes(intact)
+    read_damaged(packed, changes)

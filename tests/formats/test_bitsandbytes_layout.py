@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finished_run import finished
@@ -13,7 +13,7 @@ from frugallm.formats.bitsandbytes_layout import QuantState, unpack_4bit, unpack
 from frugallm.formats.export import export
 from frugallm.formats.packed_folder import load_packed
 from frugallm.models import load, open_checkpoint
-from packed_folders import damage, edit_settings, packed_copy, read_or_refused, refusal, rewrite
+from packed_folders import damaged, edit_settings, packed_copy, read_damaged, refusal, rewrite
 
 EIGHT = {
     "quant_method": "bitsandbytes",
@@ -254,43 +254,11 @@ def test_settings_that_do_not_fit_are_one_line(eight, changed, said, capsys):
     assert said in shown and str(eight) in shown, shown
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    changes=st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
-    )
-)
+@damaged
 def test_damaged_bytes_are_read_or_refused_in_8_bits(eight, changes):
-    path = eight / "model.safetensors"
-    intact = path.read_bytes()
-    try:
-        path.write_bytes(damage(intact, changes))
-        read_or_refused(eight)
-    finally:
-        path.write_bytes(intact)
+    read_damaged(eight, changes)
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    changes=st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
-    )
-)
+@damaged
 def test_damaged_bytes_are_read_or_refused_in_4_bits(four, changes):
-    path = four / "model.safetensors"
-    intact = path.read_bytes()
-    try:
-        path.write_bytes(damage(intact, changes))
-        read_or_refused(four)
-    finally:
-        path.write_bytes(intact)
+    read_damaged(four, changes)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -12,11 +12,11 @@ from frugallm.formats.gptq_layout import GPTQFolder, unpack
 from frugallm.formats.quantized_tensor import QuantizedTensor
 from frugallm.models import load, open_checkpoint
 from packed_folders import (
-    damage,
+    damaged,
     edit_settings,
     gptq_parts,
     packed_copy,
-    read_or_refused,
+    read_damaged,
     refusal,
     rewrite,
     scatter,
@@ -234,22 +234,6 @@ def test_another_format_is_not_taken_for_it(tiny_folder):
         GPTQFolder(tiny_folder)
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    changes=st.lists(
-        st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=8
-    )
-)
+@damaged
 def test_damaged_bytes_are_read_or_refused(packed, changes):
-    path = packed / "model.safetensors"
-    intact = path.read_bytes()
-    try:
-        path.write_bytes(damage(intact, changes))
-        read_or_refused(packed)
-    finally:
-        path.write_bytes(intact)
+    read_damaged(packed, changes)

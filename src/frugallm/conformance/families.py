@@ -104,6 +104,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral": ("mixtral", _LLAMA | _EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
     "qwen3_moe": ("qwen3_moe", _LLAMA | _EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48}),
+    "qwen3_moe, one expert": (
+        "qwen3_moe",
+        _LLAMA | {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 48},
+    ),
     "qwen3_moe, first block dense": (
         "qwen3_moe",
         _LLAMA | _EXPERTS | {"num_experts": 5, "moe_intermediate_size": 48, "mlp_only_layers": [0]},

@@ -249,7 +249,7 @@ def export(
     source = _source(model, results_only=not chosen.suffix)
     if target.exists() and Path(model).exists() and target.samefile(model):
         raise OutputError(f"{target} is the model itself", "Choose another --out")
-    if name == "dense" and not getattr(source, "quantizes", True):
+    if not chosen.suffix and not getattr(source, "quantizes", True):
         raise ExportError(f"{model} is dense already: nothing in it is quantized", "Use it as it is")
     notes = (
         [not_rounded(name)] if getattr(source, "rounds_inputs", False) and not chosen.rounds_inputs else []

@@ -86,6 +86,11 @@ class LinearScheme(BaseModel):
     weights: WeightScheme
     activations: ActivationScheme | None = None
 
+    @property
+    def static_inputs(self) -> bool:
+        """Whether inputs are rounded with a scale that is known beforehand."""
+        return self.activations is not None and not self.activations.dynamic
+
     def label(self) -> str:
         """Return a short name such as ``W8 per row symmetric, A8 per token``."""
         return self.weights.label() + (f", {self.activations.label()}" if self.activations else "")

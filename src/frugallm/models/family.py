@@ -20,6 +20,8 @@ from transformers import PretrainedConfig
 
 from frugallm.errors import ModelError
 
+Rows = Literal["all", "values", "values by head", "second half"]
+
 
 @dataclass(frozen=True)
 class Site:
@@ -50,7 +52,7 @@ class Site:
     linears: tuple[str, ...]
     writer: str | None
     writer_kind: Literal["norm", "heads", "rows"] | None
-    writer_rows: Literal["all", "values", "values by head", "second half"] = "all"
+    writer_rows: Rows = "all"
     others: tuple[str, ...] = ()
     input_of: str | None = None
     through: str | None = None
@@ -74,12 +76,15 @@ class Sublayer:
         The site that reads the normalised stream, and those whose linears write back: one, or one per expert.
     attention
         Whether the module returns a pair.
+    routed
+        Whether the outputs are those of experts, each with the tokens sent to it.
     """
 
     modules: tuple[str, ...]
     reads: Site
     outputs: tuple[Site, ...]
     attention: bool = False
+    routed: bool = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -120,7 +125,7 @@ class Experts:
             input_of=self.path,
         )
         outputs = tuple(Site((f"{e}.down_proj",), f"{e}.up_proj", "rows") for e in each)
-        return Sublayer((self.path.rpartition(".")[0],), reads, outputs)
+        return Sublayer((self.path.rpartition(".")[0],), reads, outputs, routed=True)
 
 
 @dataclass(frozen=True)
@@ -234,16 +239,27 @@ def writing_rows(site: Site, rows: int, heads: Heads) -> Tensor:
     return every[rows // 2 :] if site.writer_rows == "second half" else every
 
 
-def _llama_attention(*qkv: str, rows: Literal["all", "values"] = "all") -> Sublayer:
+def _attention(module: str, norm: str, reads: tuple[str, ...], output: str, rows: Rows = "all") -> Sublayer:
+    """Return an attention sublayer: the last of what ``reads`` holds the values, in these ``rows``."""
+    linears = tuple(f"{module}.{linear}" for linear in reads)
     return Sublayer(
-        modules=("self_attn",),
-        reads=Site(tuple(f"self_attn.{x}" for x in qkv), "input_layernorm", "norm"),
-        outputs=(Site(("self_attn.o_proj",), f"self_attn.{qkv[-1]}", "heads", rows),),
+        modules=(module,),
+        reads=Site(linears, norm, "norm"),
+        outputs=(Site((f"{module}.{output}",), linears[-1], "heads", rows),),
         attention=True,
     )
 
 
-def _gated(norm: str, *linears: str, rows: Literal["all", "second half"] = "all") -> Sublayer:
+def _plain(modules: tuple[str, ...], norm: str, first: str, last: str, through: str) -> Sublayer:
+    """Return a feed-forward sublayer of two linears around an activation function."""
+    return Sublayer(
+        modules=modules,
+        reads=Site((first,), norm, "norm"),
+        outputs=(Site((last,), first, "rows", through=through),),
+    )
+
+
+def _gated(norm: str, *linears: str, rows: Rows = "all") -> Sublayer:
     """Return a gated feed-forward sublayer: the ``up`` half feeds ``down_proj`` without an activation function."""
     return Sublayer(
         modules=("mlp",),
@@ -252,6 +268,7 @@ def _gated(norm: str, *linears: str, rows: Literal["all", "second half"] = "all"
     )
 
 
+QKV = ("q_proj", "k_proj", "v_proj")
 LLAMA = Family(
     model_types=("llama", "mistral", "qwen2", "qwen3"),
     base="model",
@@ -260,7 +277,7 @@ LLAMA = Family(
     blocks="model.layers",
     final_norm="model.norm",
     sublayers=(
-        _llama_attention("q_proj", "k_proj", "v_proj"),
+        _attention("self_attn", "input_layernorm", QKV, "o_proj"),
         _gated("post_attention_layernorm", "gate_proj", "up_proj"),
     ),
 )
@@ -274,7 +291,7 @@ PHI3 = replace(
     LLAMA,
     model_types=("phi3",),
     sublayers=(
-        _llama_attention("qkv_proj", rows="values"),
+        _attention("self_attn", "input_layernorm", ("qkv_proj",), "o_proj", "values"),
         _gated("post_attention_layernorm", "gate_up_proj", rows="second half"),
     ),
 )
@@ -303,17 +320,8 @@ GPT2 = Family(
     final_norm="transformer.ln_f",
     transposed=True,
     sublayers=(
-        Sublayer(
-            modules=("attn",),
-            reads=Site(("attn.c_attn",), "ln_1", "norm"),
-            outputs=(Site(("attn.c_proj",), "attn.c_attn", "heads", "values"),),
-            attention=True,
-        ),
-        Sublayer(
-            modules=("mlp",),
-            reads=Site(("mlp.c_fc",), "ln_2", "norm"),
-            outputs=(Site(("mlp.c_proj",), "mlp.c_fc", "rows", through="activation_function"),),
-        ),
+        _attention("attn", "ln_1", ("c_attn",), "c_proj", "values"),
+        _plain(("mlp",), "ln_2", "mlp.c_fc", "mlp.c_proj", "activation_function"),
     ),
 )
 OPT = Family(
@@ -324,19 +332,8 @@ OPT = Family(
     blocks="model.decoder.layers",
     final_norm="model.decoder.final_layer_norm",
     sublayers=(
-        Sublayer(
-            modules=("self_attn",),
-            reads=Site(
-                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn_layer_norm", "norm"
-            ),
-            outputs=(Site(("self_attn.out_proj",), "self_attn.v_proj", "heads"),),
-            attention=True,
-        ),
-        Sublayer(
-            modules=("fc1", "fc2"),
-            reads=Site(("fc1",), "final_layer_norm", "norm"),
-            outputs=(Site(("fc2",), "fc1", "rows", through="activation_function"),),
-        ),
+        _attention("self_attn", "self_attn_layer_norm", QKV, "out_proj"),
+        _plain(("fc1", "fc2"), "final_layer_norm", "fc1", "fc2", "activation_function"),
     ),
 )
 GPT_NEOX = Family(
@@ -348,17 +345,8 @@ GPT_NEOX = Family(
     final_norm="gpt_neox.final_layer_norm",
     renames=(("embed_out.", "lm_head."),),
     sublayers=(
-        Sublayer(
-            modules=("attention",),
-            reads=Site(("attention.query_key_value",), "input_layernorm", "norm"),
-            outputs=(Site(("attention.dense",), "attention.query_key_value", "heads", "values by head"),),
-            attention=True,
-        ),
-        Sublayer(
-            modules=("mlp",),
-            reads=Site(("mlp.dense_h_to_4h",), "post_attention_layernorm", "norm"),
-            outputs=(Site(("mlp.dense_4h_to_h",), "mlp.dense_h_to_4h", "rows", through="hidden_act"),),
-        ),
+        _attention("attention", "input_layernorm", ("query_key_value",), "dense", "values by head"),
+        _plain(("mlp",), "post_attention_layernorm", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "hidden_act"),
     ),
 )
 

@@ -215,7 +215,7 @@ class Walk:
             watched(block, block.sites, lambda site, x: gathers[site.name].add(x.to(self.fast))),
         ):
             for batch in self.hidden.batches():
-                call(block.module, self.hidden[batch].clone())
+                call(block.module, self.hidden[batch])
         return {name: gather.values() for name, gather in gathers.items()}
 
     def _advance(self, done: SolvedBlock, *, solving: bool) -> None:
@@ -233,7 +233,7 @@ class Walk:
                     for batch in self.hidden.batches():
                         gather.add(self._input(block, sub, sub.reads, batch))
                 self._finish_site(done, sub.reads, gather, solving)
-                if len(sub.outputs) > 1:
+                if sub.routed:
                     self._through_experts(done, sub, solving)
                     continue
                 inner = self._through_output(done, sub, number, solving)
@@ -308,11 +308,7 @@ class Walk:
             work, plan = self.plan.work(block.full_name(path)), self.plan.linears.get(block.full_name(path))
             if work is not None and solving:
                 needs |= work.needs
-                if (
-                    plan is not None
-                    and plan.scheme.activations is not None
-                    and not plan.scheme.activations.dynamic
-                ):
+                if plan is not None and plan.scheme.static_inputs:
                     needs.add("absmax")
         return Gather(needs, block.weight(site.name).shape[1])
 
@@ -370,14 +366,14 @@ class Walk:
         done.layers.append(facts)
         if isinstance(form, QuantizedTensor):
             done.linears[path] = form
-        scheme = None if work.rounded is None else work.rounded.scheme.activations
-        if scheme is not None and not scheme.dynamic:
+        inputs = None if work.rounded is None else work.rounded.scheme.activations
+        if inputs is not None and not inputs.dynamic:
             if not statistics["absmax"].any():
                 raise DataError(
                     f"no calibration token reached {facts['name']}, so its input has no range",
                     "Take more text (samples), or round that input per token",
                 )
-            done.input_scales[path] = static_scale(statistics["absmax"], scheme)
+            done.input_scales[path] = static_scale(statistics["absmax"], inputs)
         done.block.set_weight(path, value)
 
     # -- forwards --------------------------------------------------------------------------------------------------
