@@ -196,6 +196,8 @@ def after_a_block(line: list[str], send: signal.Signals) -> tuple[int, str]:
         for shown in process.stderr:
             if shown.startswith('{"event": "block"'):
                 break
+        else:
+            raise AssertionError(f"ended before its first block, with {process.wait(PATIENCE)}: {shown}")
         process.send_signal(send)
         rest = process.stderr.read()
         return process.wait(PATIENCE), rest
@@ -206,7 +208,7 @@ def test_the_command_interrupted_and_killed_goes_on_as_it_says(place, tmp_path):
     line = command(*job.command("--no-evaluate", "--progress", "json"))
 
     status, shown = after_a_block(line, signal.SIGINT)
-    assert status == 130
+    assert status == 130, shown
     assert "Traceback" not in shown and not job.out.exists()
     assert (partial(job) / "block-00000.safetensors").exists()
     [said] = [text for text in shown.splitlines() if text.startswith("interrupted")]

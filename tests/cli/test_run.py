@@ -1,9 +1,11 @@
+import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
 
 from frugallm.cli.main import main
+from frugallm.cli.run import interruptible
 
 
 @pytest.fixture
@@ -60,6 +62,22 @@ def test_an_interrupted_run_says_how_to_go_on(job, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["frugal", *line])
     assert main() == 130
     assert "continue with: frugal run m rtn --out 'my dir' --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pressed", [True, False])
+def test_an_interruption_that_a_library_turned_into_an_error_is_still_one(pressed):
+    def library() -> None:
+        try:
+            if pressed:
+                signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pass
+        raise SystemError("returned a result with an exception set")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt if pressed else SystemError), interruptible():
+        library()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_full_disk_is_a_failure_not_bad_input(job, capsys):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +62,7 @@ def run(
     from frugallm.compression import run as run_job
 
     try:
-        with shown:
+        with interruptible(), shown:
             report = run_job(
                 model,
                 chosen,
@@ -83,6 +87,30 @@ def run(
     if not quiet:
         show_markdown(report.to_markdown())
         typer.echo(f"The page with plots: {out / 'report.html'}")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """End what runs inside as KeyboardInterrupt on Ctrl-C, even where a library makes another error of it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = threading.Event()
+
+    def press(number: int, frame: object) -> None:
+        pressed.set()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield
+    except Exception as error:
+        if pressed.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def read_recipe(steps: list[str], recipe: str | None) -> Recipe:
