@@ -108,13 +108,26 @@ def test_what_it_says_about_engines_is_what_the_table_says():
 
 
 @pytest.fixture
-def readme_figures(monkeypatch):
+def benchmarks(monkeypatch):
+    """Lets modules of ``benchmarks/`` be imported."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    sys.modules.pop("readme_figures", None)
+    yield
+    for name in ("readme_figures", "comparison"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def readme_figures(benchmarks):
     import readme_figures
 
-    yield readme_figures
-    sys.modules.pop("readme_figures", None)
+    return readme_figures
+
+
+@pytest.fixture
+def comparison(benchmarks):
+    import comparison
+
+    return comparison
 
 
 def test_the_figures_are_those_of_the_results(readme_figures):
@@ -185,3 +198,52 @@ def test_labels_are_kept_apart(readme_figures):
     lines = readme_figures.spaced([30.0, 31.0, 32.0, 355.0, 356.0, 357.0])
     assert lines == sorted(lines) and lines[-1] <= readme_figures.BOTTOM
     assert min(b - a for a, b in pairwise(lines)) >= readme_figures.SPACING
+
+
+def test_the_comparison_is_that_of_the_results(comparison):
+    made = comparison.made(ROOT / "results")
+    stale = "run: python benchmarks/comparison.py"
+    assert made is not None
+    assert (ROOT / "docs" / comparison.PAGE).read_text(encoding="utf-8") == made[0], stale
+    assert (ROOT / "results" / comparison.PLOT).read_text(encoding="utf-8") == made[1], stale
+
+
+def compared(windows, kl, **more):
+    figures = {"nll_per_window": [1.0] * windows, "reference_nll_per_window": [0.5] * windows}
+    return {
+        "evaluation": figures | {"windows": windows, "kl_per_window": [kl] * (windows - 1) + [9.0]},
+        **more,
+    }
+
+
+def test_everything_is_compared_on_the_windows_that_all_have(comparison, tmp_path):
+    setting = {"model": "m", "samples": 1, "seq_len": 2, "window_length": 4}
+    setting |= {"calibration": "c.txt", "evaluation": "e.txt"}
+    written = {
+        "gptq_vs_llmcompressor": {
+            "frugallm a": compared(4, 0.2, weights_bytes=10**8),
+            "llm-compressor <b>": compared(4, 0.3, weights_bytes=10**8),
+        },
+        "gguf_llama_cpp": {"Q4_0": compared(3, 0.1, bytes=2 * 10**8)},
+        "pruning_vs_llmcompressor": {"frugallm wanda": compared(3, 0.4, weights_bytes=3 * 10**8)},
+    }
+    for name, arms in written.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"setting": setting, "arms": arms}))
+    page, picture = comparison.made(tmp_path)
+    assert "the first 3 windows" in page and "unquantized perplexity 1.65" in page
+    lines = [line.split(" | ")[1:5] for line in page.splitlines() if re.match(r"\| \d", line)]
+    assert lines == [
+        ["**frugallm a**", "100.0", "0.2000", "2.72"],
+        ["llm-compressor <b>", "100.0", "0.3000", "2.72"],
+        ["gguf Q4_0", "200.0", "3.0667", "2.72"],
+        ["frugallm wanda", "", "3.2667", "2.72"],
+    ]
+    circles = [e for e in ET.fromstring(picture).iter() if e.tag.endswith("circle") and len(e)]
+    assert [e[0].text for e in circles] == ["frugallm a", "llm-compressor <b>", "gguf Q4_0"]
+    left, _, right = (float(e.get("cx")) for e in circles)
+    assert left < right
+
+
+def test_a_way_of_nobody_is_refused(comparison):
+    with pytest.raises(ValueError, match="somebody"):
+        comparison.side_of("somebody's")
