@@ -1,8 +1,9 @@
 """The other side: one folder in vLLM or in plain transformers, run in an environment without FrugalLM.
 
-Reads a request (JSON: ``prompts`` as token ids, ``answer_tokens``, ``ends``), writes a reply (JSON): for every prompt the
-greedy continuation, and for every token of it by how much its log-probability leads the second (nats). Prints
-``{"event": "stage", "text": …}`` lines on standard error.
+Reads a request (JSON: ``prompts`` and ``text`` as token ids, ``answer_tokens``, ``ends``), writes a reply (JSON): for every
+prompt the greedy continuation, for every token of it by how much its log-probability leads the second, and the
+log-probability of every token of the text after the first (nats). Prints ``{"event": "stage", "text": …}`` lines on
+standard error.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ def stage(text: str) -> None:
     print(json.dumps({"event": "stage", "text": text}), file=sys.stderr, flush=True)
 
 
-def with_vllm(folder: str, dtype: str, request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return tokens and leads of every prompt's continuation by vLLM."""
+def with_vllm(folder: str, dtype: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Return what vLLM answers and finds likely."""
     from vllm import LLM, SamplingParams
 
-    longest = max(len(ids) for ids in request["prompts"]) + request["answer_tokens"]
+    longest = max(len(ids) for ids in (*request["prompts"], request["text"])) + request["answer_tokens"]
     stage("load")
     model = LLM(folder, dtype=dtype, max_model_len=longest, max_num_seqs=1, enforce_eager=True)
     stage("generate")
@@ -35,17 +36,25 @@ def with_vllm(folder: str, dtype: str, request: dict[str, Any]) -> list[dict[str
         [one] = reply.outputs
         ranked = [sorted((p.logprob for p in step.values()), reverse=True) for step in one.logprobs]
         found.append({"tokens": list(one.token_ids), "leads": [two[0] - two[1] for two in ranked]})
-    return found
+    stage("score")
+    once = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    [reply] = model.generate([{"prompt_token_ids": request["text"]}], once)
+    known = zip(reply.prompt_logprobs[1:], request["text"][1:], strict=True)
+    return {"answers": found, "logprobs": [step[token].logprob for step, token in known]}
 
 
-def with_transformers(folder: str, dtype: str, request: dict[str, Any], threads: int) -> list[dict[str, Any]]:
-    """Return tokens and leads of every prompt's continuation by plain transformers."""
+def with_transformers(folder: str, dtype: str, request: dict[str, Any], threads: int) -> dict[str, Any]:
+    """Return what plain transformers answers and finds likely."""
     import torch
     from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
     stage("load")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    # A type that no folder is loaded in: the same values, with sums in float64.
+    double = dtype == "float64"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32" if double else dtype)
+    if double:
+        model = model.double()
     stage("generate")
     found = []
     for prompt in request["prompts"]:
@@ -63,7 +72,11 @@ def with_transformers(folder: str, dtype: str, request: dict[str, Any], threads:
         ranked = [step[0].float().log_softmax(-1).topk(2).values for step in out.logits]
         tokens = out.sequences[0, len(prompt) :].tolist()
         found.append({"tokens": tokens, "leads": [float(two[0] - two[1]) for two in ranked]})
-    return found
+    stage("score")
+    ids = torch.tensor([request["text"]])
+    with torch.inference_mode():
+        logprobs = model(ids).logits[0, :-1].double().log_softmax(-1)
+    return {"answers": found, "logprobs": logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()}
 
 
 def main() -> None:
@@ -78,10 +91,10 @@ def main() -> None:
     request = json.loads(args.request.read_text())
     stage("import")
     if args.engine == "vllm":
-        answers = with_vllm(args.model, args.dtype, request)
+        reply = with_vllm(args.model, args.dtype, request)
     else:
-        answers = with_transformers(args.model, args.dtype, request, args.threads)
-    args.out.write_text(json.dumps({"answers": answers}))
+        reply = with_transformers(args.model, args.dtype, request, args.threads)
+    args.out.write_text(json.dumps(reply))
 
 
 if __name__ == "__main__":
