@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import frugallm
+from frugallm.catalogue import methods
 from frugallm.cli.run import read_recipe
 from frugallm.formats.engines import table
 from frugallm.recipe import Recipe
@@ -84,6 +85,17 @@ def test_the_three_ways_are_one_recipe(monkeypatch, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text(blocks("yaml")[0])
     assert shell.digest() == Recipe.of(seen["steps"]).digest() == Recipe.load(file).digest()
+
+
+def test_steps_in_the_guide_are_steps():
+    guide = (ROOT / "docs" / "choose-a-method.md").read_text(encoding="utf-8")
+    names = set(methods())
+    quoted = [words.split() for words in re.findall(r"`([^`\n]+)`", guide)]
+    steps = [words for words in quoted if words[0].partition(":")[0] in names]
+    lines = re.findall(r"^frugal run MODEL (.*?) --", guide, re.MULTILINE)
+    assert len(steps) > 20 and lines
+    for written in [*steps, *(line.split() for line in lines)]:
+        Recipe.parse([step.replace("…", "x") for step in written])
 
 
 def test_the_commands_of_the_demo_and_the_tests_are_those_of_the_makefile():
