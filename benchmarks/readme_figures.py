@@ -99,32 +99,66 @@ def table(rows: list[Row], base: float) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
 
 
+#: Results that hold verdicts by target, with the subject that the target's words leave out.
+WITH_VERDICTS = {
+    "gptq_vs_llmcompressor": "gptq: ",
+    "awq_vs_llmcompressor": "",
+    "hqq_vs_hqq": "hqq ",
+    "pruning_vs_llmcompressor": "",
+    "gguf_llama_cpp": "GGUF in llama.cpp: ",
+    "vllm_handoff": "vLLM, ",
+}
+#: Results that say only whether their one target was met.
+WITH_ONE = {
+    "memory_limit": "a checkpoint of more than 8 GB goes through in 4 GB of memory",
+    "scaling": "time grows linearly with blocks and with calibration tokens",
+}
+
+
+def measured(verdict: dict[str, Any]) -> str:
+    """Return the figure that decided a verdict."""
+    if verdict.get("unit") == "bytes":
+        return f"{verdict['value'] / GIB:.2f} GiB"
+    if "relative_difference" in verdict:
+        return f"{100 * verdict['relative_difference']:.2f} % apart at most ({verdict['worst']})"
+    if "different" in verdict:
+        return f"all but {', '.join(verdict['different'])}" if verdict["different"] else "all"
+    if "of" in verdict:
+        return f"{verdict['same']} of {verdict['of']}, transformers with itself {verdict['transformers with itself']}"
+    if "vllm" in verdict:
+        return f"{verdict['vllm']:.3g} nats apart, transformers from itself {verdict['transformers with itself']:.3g}"
+    return f"{verdict['value']:.3f}"
+
+
 def targets(found: dict[str, dict[str, Any] | None]) -> list[str]:
     """Return a line for every target that was set beforehand, missed ones included."""
     lines = []
-    gptq, smooth = found["gptq_vs_llmcompressor"], found["smoothquant_static"]
-    for words, verdict in (gptq or {}).get("verdicts", {}).items():
-        measured = (
-            f"{verdict['value'] / GIB:.2f} GiB"
-            if verdict.get("unit") == "bytes"
-            else f"{verdict['value']:.3f}"
-        )
-        against = f" ({verdict['peer']})" if "peer" in verdict else ""
-        lines.append(f"- {words}{against}: {measured}, {'met' if verdict['passed'] else '**missed**'}")
-    if smooth:
+    for name, subject in WITH_VERDICTS.items():
+        for words, verdict in (found[name] or {}).get("verdicts", {}).items():
+            against = f" ({verdict['peer']})" if "peer" in verdict else ""
+            lines.append(f"- {subject}{words}{against}: {measured(verdict)}, {_met(verdict['passed'])}")
+    if smooth := found["smoothquant_static"]:
         shares = {n: a["gap_closed"] for n, a in smooth["arms"].items() if n.startswith("smoothquant")}
-        measured = "; ".join(f"{n}: {100 * s:.1f} %" for n, s in shares.items() if s is not None)
-        verdict = "met" if smooth["passed"] else "**missed**"
-        lines.append(
-            f"- at least 95 % of the gap between naive static and per-token W8A8 closed: {measured}; {verdict}"
+        closed = "; ".join(f"{n}: {100 * s:.1f} %" for n, s in shares.items() if s is not None)
+        words = "at least 95 % of the gap between naive static and per-token W8A8 closed"
+        lines.append(f"- {words}: {closed}; {_met(smooth['passed'])}")
+    if int8 := found["llm_int8_vs_w8a8"]:
+        left = "; ".join(
+            f"{n}: {100 * a['share_of_loss']['perplexity']:.0f} % in perplexity, {100 * a['share_of_loss']['kl']:.0f} % in KL"
+            for n, a in int8["arms"].items()
+            if a["share_of_loss"] and a["step"].startswith("llm_int8")
         )
-    for name, words in (
-        ("memory_limit", "a checkpoint of more than 8 GB goes through in 4 GB of memory"),
-        ("scaling", "time grows linearly with blocks and with calibration tokens"),
-    ):
-        if found[name]:
-            lines.append(f"- {words}: {'met' if found[name]['passed'] else '**missed**'}")
+        lines.append(
+            f"- at most half of the loss of plain per-token W8A8 left with llm_int8: {left}; {_met(int8['passed'])}"
+        )
+    for name, words in WITH_ONE.items():
+        if one := found[name]:
+            lines.append(f"- {words}: {_met(one['passed'])}")
     return lines
+
+
+def _met(passed: bool) -> str:
+    return "met" if passed else "**missed**"
 
 
 def setting(result: dict[str, Any]) -> str:
@@ -140,7 +174,7 @@ def setting(result: dict[str, Any]) -> str:
 
 def figures(folder: Path) -> tuple[str, str | None]:
     """Return the README's section and the picture, both from the results in ``folder``."""
-    names = ("gptq_vs_llmcompressor", "smoothquant_static", "memory_limit", "scaling")
+    names = (*WITH_VERDICTS, "smoothquant_static", "llm_int8_vs_w8a8", *WITH_ONE)
     found = {name: read(folder, name) for name in names}
     gptq, smooth = found["gptq_vs_llmcompressor"], found["smoothquant_static"]
     rows = [*(weight_only(gptq) if gptq else []), *(rounded_inputs(smooth) if smooth else [])]

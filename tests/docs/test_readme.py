@@ -201,6 +201,25 @@ def test_table_targets_and_picture_come_from_the_results(readme_figures, results
     assert float(circles["#1f6feb"].get("cy")) > float(circles["#8250df"].get("cy"))  # better is below
 
 
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        ({"value": 0.5}, "0.500"),
+        ({"value": 2**30, "unit": "bytes"}, "1.00 GiB"),
+        ({"relative_difference": 0.0012, "worst": "Q4_0"}, "0.12 % apart at most (Q4_0)"),
+        ({"different": []}, "all"),
+        ({"different": ["a", "b"]}, "all but a, b"),
+        ({"same": 3, "of": 8, "transformers with itself": 4}, "3 of 8, transformers with itself 4"),
+        (
+            {"vllm": 0.25, "transformers with itself": 0.125},
+            "0.25 nats apart, transformers from itself 0.125",
+        ),
+    ],
+)
+def test_every_kind_of_verdict_is_told(readme_figures, verdict, words):
+    assert readme_figures.measured(verdict) == words
+
+
 def test_without_results_there_are_no_figures(readme_figures, tmp_path):
     section, picture = readme_figures.figures(tmp_path)
     assert picture is None and not re.search(r"\d", section) and "frugal reproduce" in section
