@@ -189,7 +189,7 @@ def test_table_targets_and_picture_come_from_the_results(readme_figures, results
     assert "| unquantized | 19.00 | 0 | 100 % |" in section
     assert "| frugallm x | 20.00 (19.00 to 21.00) | 0.1000 | 80.0 % | 100 | 7 | 1.00 |" in section
     assert "| W8A8 smoothquant s | 22.00 (21.00 to 23.00) | 0.1000 | 80.0 % |  |  |  |" in section
-    assert "- time (p & q): 0.500, **missed**" in section
+    assert "- gptq: time (p & q): 0.500, **missed**" in section
     assert "smoothquant s: 90.0 %; met" in section and "calibration tokens: **missed**" in section
     assert "more than 8 GB" not in section  # not measured, so not told
     assert "`m`" in section and "commit 0123456789" in section
