@@ -190,9 +190,10 @@ def test_table_targets_and_picture_come_from_the_results(readme_figures, results
     assert "| unquantized | 19.00 | 0 | 100 % |" in section
     assert "| frugallm x | 20.00 (19.00 to 21.00) | 0.1000 | 80.0 % | 100 | 7 | 1.00 |" in section
     assert "| W8A8 smoothquant s | 22.00 (21.00 to 23.00) | 0.1000 | 80.0 % |  |  |  |" in section
-    assert "- gptq: time (p & q): 0.500, **missed**" in section
-    assert "smoothquant s: 90.0 %; met" in section and "calibration tokens: **missed**" in section
-    assert "more than 8 GB" not in section  # not measured, so not told
+    assert "1 of 3 targets" in section and "smoothquant s: 90.0 %; met" not in section
+    assert (
+        "- gptq: time (p & q): 0.500, **missed**" in section and "calibration tokens: **missed**" in section
+    )
     assert "`m`" in section and "commit 0123456789" in section
     drawn = ET.fromstring(picture)
     words = [element.text for element in drawn.iter() if element.tag.endswith("text")]
@@ -238,6 +239,13 @@ def test_the_comparison_is_that_of_the_results(comparison):
     assert made is not None
     assert (ROOT / "docs" / comparison.PAGE).read_text(encoding="utf-8") == made[0], stale
     assert (ROOT / "results" / comparison.PLOT).read_text(encoding="utf-8") == made[1], stale
+
+
+def test_targets_are_told_where_they_were_measured(readme_figures, results):
+    found = {name: readme_figures.read(results, name) for name in readme_figures.TARGETED}
+    lines = readme_figures.targets(found)
+    assert len(lines) == 3 and any("smoothquant s: 90.0 %; met" in line for line in lines)
+    assert readme_figures.in_short(["- a: met"])[0].startswith("1 of 1 targets")
 
 
 def compared(windows, kl, **more):
