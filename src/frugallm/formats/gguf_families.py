@@ -1,12 +1,14 @@
 """What GGUF calls the parts of a model: one row per model family.
 
 A row names llama.cpp's architecture, its hyper-parameters and the linears whose rows lie in another order; names of tensors
-come from the ``gguf`` package. A family that has no row is refused.
+come from the ``gguf`` package. A family that has no row is refused, and so is a model that computes what llama.cpp does not:
+what it computes is in its ``src/models``, one file per architecture.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ import numpy as np
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
 from frugallm.errors import ExportError
-from frugallm.models.family import Heads
+from frugallm.models.family import Heads, has_experts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,6 +41,10 @@ class GGUFFamily:
         Attributes of the configuration that llama.cpp takes for granted, with the value that it takes.
     window
         Attribute with the number of tokens that attention looks back, which llama.cpp does not limit.
+    own_head
+        Whether llama.cpp wants a head of its own even where it is the embedding.
+    differs
+        Each says in one clause what a configuration asks for that llama.cpp does not compute, or nothing.
     """
 
     architecture: MODEL_ARCH
@@ -46,6 +52,8 @@ class GGUFFamily:
     rotary: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, Any] = field(default_factory=dict)
     window: str | None = None
+    own_head: bool = False
+    differs: tuple[Callable[[PretrainedConfig], str | None], ...] = ()
 
     @property
     def name(self) -> str:
@@ -91,6 +99,26 @@ DECODER = {
     "feed_forward_length": "intermediate_size",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+
+
+def _narrow_heads(config: PretrainedConfig) -> str | None:
+    heads = Heads.of(config)
+    if heads.query * heads.width == config.hidden_size:
+        return None
+    return f"{heads.query} heads of {heads.width} are not as wide as the model ({config.hidden_size})"
+
+
+def _grouped_heads(config: PretrainedConfig) -> str | None:
+    heads = Heads.of(config)
+    return None if heads.repeats == 1 else f"{heads.values} key heads serve {heads.query} heads"
+
+
+def _dense_blocks(config: PretrainedConfig) -> str | None:
+    dense = [i for i in range(config.num_hidden_layers) if not has_experts(config, i)]
+    return f"block {dense[0]} has no experts" if dense else None
+
+
 OF_A_HEAD = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 LLAMA = GGUFFamily(
     MODEL_ARCH.LLAMA,
@@ -99,11 +127,30 @@ LLAMA = GGUFFamily(
     computed={"hidden_act": "silu"},
 )
 QWEN = {"hidden_act": "silu", "use_sliding_window": False}
+QWEN3 = QWEN | {"attention_bias": False}
 FAMILIES = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, window="sliding_window"),
-    "qwen2": GGUFFamily(MODEL_ARCH.QWEN2, DECODER, computed=QWEN),
-    "qwen3": GGUFFamily(MODEL_ARCH.QWEN3, DECODER, computed=QWEN | {"attention_bias": False}),
+    "qwen2": GGUFFamily(MODEL_ARCH.QWEN2, DECODER, computed=QWEN, differs=(_narrow_heads,)),
+    "qwen3": GGUFFamily(MODEL_ARCH.QWEN3, DECODER, computed=QWEN3),
+    "mixtral": replace(
+        LLAMA,
+        numbers=DECODER | {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"},
+        window="sliding_window",
+    ),
+    "qwen3_moe": GGUFFamily(
+        MODEL_ARCH.QWEN3MOE,
+        DECODER | EXPERTS | {"expert_feed_forward_length": "moe_intermediate_size"},
+        computed=QWEN3 | {"norm_topk_prob": True},
+        differs=(_dense_blocks,),
+    ),
+    "olmoe": GGUFFamily(
+        MODEL_ARCH.OLMOE,
+        DECODER | EXPERTS,
+        computed={"hidden_act": "silu", "norm_topk_prob": False, "clip_qkv": None, "attention_bias": False},
+        own_head=True,
+        differs=(_narrow_heads, _grouped_heads),
+    ),
 }
 #: Families that no row can be written for.
 UNKNOWN_TO_LLAMA_CPP = ("opt",)
@@ -131,6 +178,11 @@ def gguf_family(checkpoint: Checkpoint) -> GGUFFamily:
                 f"{checkpoint.name}: {name} is {getattr(config, name)}, llama.cpp computes {value} in '{family.name}'",
                 "Hand it on in another format",
             )
+    for difference in filter(None, (differs(config) for differs in family.differs)):
+        raise ExportError(
+            f"{checkpoint.name}: {difference}, which llama.cpp does not compute in '{family.name}'",
+            "Hand it on in another format",
+        )
     rotary = config.rope_parameters["rope_type"]
     if rotary != "default":
         raise ExportError(
@@ -140,25 +192,37 @@ def gguf_family(checkpoint: Checkpoint) -> GGUFFamily:
     return family
 
 
-def stored_names(checkpoint: Checkpoint, family: GGUFFamily) -> dict[str, str]:
-    """Map the name of each tensor, in the order of computation, to its name in the file."""
-    blocks = checkpoint.config.num_hidden_layers
-    known = get_tensor_name_map(family.architecture, blocks)
-    names: dict[str, str] = {}
-    for name in _in_order(checkpoint):
-        stored = known.get_name(name, try_suffixes=(".weight", ".bias"))
+def stored_tensors(checkpoint: Checkpoint, family: GGUFFamily) -> dict[str, tuple[str, ...]]:
+    """Map the name of each tensor of the file, in the order of computation, to the tensors that make it.
+
+    That is one, or the same linear of all experts of a block.
+    """
+    known = get_tensor_name_map(family.architecture, checkpoint.config.num_hidden_layers)
+    found: dict[str, tuple[str, ...]] = {}
+
+    def add(name: str, place: str) -> None:
+        stored = known.get_name(place, try_suffixes=(".weight", ".bias"))
         if stored is None:
             raise ExportError(f"{checkpoint.name}: {name} has no place in a GGUF file of '{family.name}'")
-        names[name] = stored
-    return names
+        found[stored] = (*found.get(stored, ()), name)
+
+    for name in _in_order(checkpoint):
+        add(name, ONE_EXPERT.sub(".experts.", name))
+    if family.own_head and checkpoint.config.tie_word_embeddings:
+        add(f"{checkpoint.family.embedding}.weight", f"{checkpoint.family.head}.weight")
+    return found
+
+
+ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def _in_order(checkpoint: Checkpoint) -> list[str]:
     blocks = f"{checkpoint.family.blocks}."
 
-    def place(name: str) -> tuple[int, int, str]:
+    def place(name: str) -> tuple[int, list[tuple[int, str]]]:
+        parts = [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
         if name.startswith(blocks):
-            return 1, int(name.removeprefix(blocks).split(".")[0]), name
-        return (0 if name.startswith(f"{checkpoint.family.embedding}.") else 2), 0, name
+            return 1, parts
+        return (0 if name.startswith(f"{checkpoint.family.embedding}.") else 2), parts
 
     return sorted(checkpoint.names(), key=place)
