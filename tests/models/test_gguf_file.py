@@ -168,7 +168,7 @@ def test_digest_is_of_the_content(tiny_gguf: Path, write_gguf: GGUFWriter) -> No
     [
         ({"tokenizer.ggml.pre": "unheard-of"}, "pre-tokenizer 'unheard-of'"),
         ({"tokenizer.ggml.model": "llama"}, "tokenizer of kind 'llama'"),
-        ({"llama.rope.scaling.type": "yarn"}, "rotary"),
+        ({"llama.rope.scaling.type": "longrope"}, "rotary"),
         ({"llama.block_count": 3}, "holds 2 blocks"),
         ({"llama.embedding_length": 32}, "has shape"),
         ({"llama.attention.head_count": 0}, "head_count is 0"),

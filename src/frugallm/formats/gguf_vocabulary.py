@@ -6,6 +6,7 @@ GGUF names a pre-tokenizer instead of describing it, so only those can be writte
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from frugallm.errors import ExportError
@@ -19,6 +20,9 @@ NORMAL, UNUSED = 1, 5
 #: The name to write where several have the same splits.
 PREFERRED = ("gpt-2", "smollm", "llama-bpe", "tekken", "qwen2")
 ROLES = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
+#: What llama.cpp looks for in a model's name; it then drops white space behind all special tokens, and needs these.
+PHI3 = re.compile("phi-?3", re.IGNORECASE)
+PHI3_TOKENS = {"</s>", "<s>", "<unk>", "<|endoftext|>"}
 ELSEWHERE = "Hand it on in another format"
 
 
@@ -34,6 +38,22 @@ def vocabulary(checkpoint: Checkpoint) -> dict[str, Any]:
         return {key: value for key, value in checkpoint.facts.items() if key.startswith("tokenizer.")}
     rows = checkpoint.shape(f"{checkpoint.family.embedding}.weight")[0]
     return from_tokenizer(checkpoint.tokenizer, rows, checkpoint.name)
+
+
+def name_to_llama_cpp(checkpoint: Checkpoint, metadata: dict[str, Any]) -> str:
+    """Return the name of a model such that llama.cpp treats its special tokens as its tokenizer does.
+
+    GGUF has no place for "white space behind this token is dropped". llama.cpp does so for models with Phi-3 in their name,
+    and cannot load one with that name and other tokens.
+    """
+    name: str = metadata["general.name"]
+    if isinstance(checkpoint, GGUFFile):
+        return name
+    if not set(metadata["tokenizer.ggml.tokens"]) >= PHI3_TOKENS:
+        return PHI3.sub("Phi 3", name)
+    added = checkpoint.tokenizer.added_tokens_decoder.values()
+    strips = any(token.special and token.rstrip for token in added)
+    return f"Phi-3 {name}" if strips and not PHI3.search(name) else name
 
 
 def from_tokenizer(tokenizer: Any, rows: int, name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ same type; with the codes of the source where that is a compressed folder and th
 (:mod:`~frugallm.formats.gguf_types`). What comes out is decoded and compared, so that the summary can say which tensors kept
 every value.
 
-Norms and biases are F32, and so are the routers of mixtures. Embedding and head are Q8_0 where the type asked for has fewer
+Norms, biases, positions and the routers of mixtures are F32. Embedding and head are Q8_0 where the type asked for has fewer
 bits, whether they are tied or not (llama.cpp's own tool takes Q6_K for the head where rows allow it, and the type asked for,
 for an embedding of its own): a table is read row by row and loses most at few bits. Where a row is no multiple of a type's
 block the type that llama.cpp falls back to takes its place, F16 at last; that is said before anything is written. The experts
@@ -29,7 +29,7 @@ from frugallm.errors import ExportError
 from frugallm.formats import gguf_types, shards
 from frugallm.formats.gguf_families import ONE_EXPERT, GGUFFamily, gguf_family, stored_tensors
 from frugallm.formats.gguf_transcode import transcode
-from frugallm.formats.gguf_vocabulary import vocabulary
+from frugallm.formats.gguf_vocabulary import name_to_llama_cpp, vocabulary
 from frugallm.formats.packed_folder import PackedFolder
 from frugallm.models.gguf_file import ARCHITECTURES, GGUFFile
 from frugallm.models.gguf_reader import GGUFData
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from frugallm.models.checkpoint import Checkpoint
 
 TABLES = "Q8_0"
-#: Matrices that llama.cpp keeps as they are: routers.
-UNQUANTIZED = ("ffn_gate_inp",)
+#: Matrices that llama.cpp keeps as they are: routers and learned positions.
+UNQUANTIZED = ("ffn_gate_inp", "position_embd")
 #: What ``general.file_type`` calls a file whose linears are of a type.
 FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q3_K": "MOSTLY_Q3_K_S"}
 _ENTRIES_COMPARED = 2**20
@@ -60,12 +60,15 @@ class Entry:
         Row-major, ``(out, in)`` or ``(experts, out, in)``.
     kind
         Its type.
+    values
+        What is in it where nothing of the model is: ``(width,)``, stored as F32.
     """
 
     name: str
     sources: tuple[str, ...]
     shape: tuple[int, ...]
     kind: str
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ def make_layout(checkpoint: Checkpoint, kind: str, tables: str | None = None) ->
     family = gguf_family(checkpoint)
     wanted_of_tables = tables or (kind if kind in gguf_types.PLAIN else TABLES)
     found_tables = {f"{path}.weight" for path in (checkpoint.family.embedding, checkpoint.family.head)}
-    entries, wanted = [], {}
+    divisors = family.positions(checkpoint.config).divisors
+    entries = [Entry(name, (), tuple(values.shape), "F32", values) for name, values in divisors.items()]
+    wanted = {}
     for name, sources in stored_tensors(checkpoint, family).items():
         shape = checkpoint.shape(sources[0])
         if len(shape) == 1 or name.split(".")[-2] in UNQUANTIZED:
@@ -149,6 +154,7 @@ def make_layout(checkpoint: Checkpoint, kind: str, tables: str | None = None) ->
     if wanted_of_tables != kind:
         notes.insert(0, f"embedding and head are stored as {wanted_of_tables}")
     metadata = _metadata(checkpoint, family, kind) | vocabulary(checkpoint)
+    metadata["general.name"] = name_to_llama_cpp(checkpoint, metadata)
     return Layout(family, tuple(entries), metadata, tuple(notes))
 
 
@@ -236,12 +242,16 @@ def _entry_rows(
     checkpoint: Checkpoint, family: GGUFFamily, entry: Entry, importance: Mapping[str, Tensor]
 ) -> tuple[np.ndarray, bool]:
     """Return the bytes of a tensor of the file, and whether every value was kept."""
+    if entry.values is not None:
+        return gguf_types.encode(entry.values[None], entry.kind).reshape(-1), True
     stacked = np.empty(
         (len(entry.sources), *_byte_shape(checkpoint.shape(entry.sources[0]), entry.kind)), np.uint8
     )
     exact = True
     for place, name in zip(stacked, entry.sources):
         value = checkpoint.tensor(name).float()
+        if value.ndim == 1 and name.endswith(".weight"):  # the gain of a norm
+            value = value + checkpoint.family.gain_offset
         _check_size(value, entry.kind, f"{checkpoint.where(name)}: {name}")
         rows, kept = stored_rows(checkpoint, name, value, entry.kind, importance.get(name))
         order = family.row_order(name, len(value), checkpoint.config)
@@ -338,5 +348,6 @@ def read_back(path: Path, layout: Layout) -> None:
     found = {name: (info.shape, info.kind.name) for name, info in GGUFData(path).tensors.items()}
     if found != {entry.name: (entry.shape, entry.kind) for entry in layout.entries}:
         raise ExportError(f"{path} was not written as it should have been", "Write it again")
-    if layout.family.name in ARCHITECTURES:
+    read_here = layout.family.name in ARCHITECTURES
+    if read_here and not any(entry.name.startswith("rope_factors") for entry in layout.entries):
         GGUFFile(path).validate()

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from frugallm.errors import ModelError
+from frugallm.models import gguf_positions
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.family import family_of
 from frugallm.models.gguf_reader import GGUFData
@@ -91,6 +92,7 @@ MIXTRAL = Architecture(
     fixed={"sliding_window": None},
     paired=True,
 )
+DIVISORS = "rope_freqs.weight"
 LARGEST = 2**31  # no width or count of a real model is larger; beyond it sizes overflow
 
 
@@ -241,12 +243,7 @@ def _transformers_names(data: GGUFData) -> dict[str, tuple[str, int | None]]:
             experts = f"model.layers.{int(match[1])}.mlp.experts"
             for number in range(info.shape[0]):
                 found[f"{experts}.{number}.{EXPERTS[match[2]]}.weight"] = stored, number
-        elif stem == "rope_freqs":
-            raise ModelError(
-                f"{data.path} scales its rotary frequencies (rope_freqs.weight), which is not read from GGUF",
-                "Use the model's safetensors folder",
-            )
-        else:
+        elif stored != DIVISORS:
             raise ModelError(f"{data.path}: tensor '{stored}' has no place in a model of its architecture")
     return found
 
@@ -273,8 +270,6 @@ def _config(data: GGUFData, architecture: Architecture) -> PretrainedConfig:
         raise ModelError(
             f"{path} is one part of a split model", "Merge the parts with llama.cpp's gguf-split"
         )
-    if _value(data, "rope.scaling.type", "none")[1] != "none":
-        raise ModelError(f"{path} scales its rotary frequencies, which is not read from GGUF")
     heads, width = _count(data, "attention.head_count"), _count(data, "embedding_length")
     head_dim = _count(data, "attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -302,7 +297,7 @@ def _config(data: GGUFData, architecture: Architecture) -> PretrainedConfig:
             max_position_embeddings=_count(data, "context_length"),
             vocab_size=vocabulary,
             rms_norm_eps=_real(data, "attention.layer_norm_rms_epsilon", 1e-5),
-            rope_parameters={"rope_type": "default", "rope_theta": _real(data, "rope.freq_base", 10000.0)},
+            rope_parameters=_positions(data, head_dim),
             **{name: f"blk.0.{part}.bias" in data.tensors for name, part in architecture.biases.items()},
             **{name: _count(data, key) for name, key in architecture.counts.items()},
             **architecture.fixed,
@@ -313,6 +308,30 @@ def _config(data: GGUFData, architecture: Architecture) -> PretrainedConfig:
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ModelError(f"{path}: its metadata describes no {kind} model ({error})") from error
+
+
+def _positions(data: GGUFData, head_dim: int) -> dict[str, Any]:
+    theta, kind = _real(data, "rope.freq_base", 10000.0), _value(data, "rope.scaling.type", "none")[1]
+    context = _count(data, "context_length")
+    if DIVISORS in data.tensors and kind == "none":
+        info = data.tensors[DIVISORS]
+        if info.shape != (head_dim // 2,) or info.kind.name != "F32":
+            raise ModelError(f"{data.path}: {DIVISORS} has shape {info.shape}, heads are {head_dim} wide")
+        divisors = torch.from_numpy(data.raw(DIVISORS).view(np.float32).reshape(-1).copy())
+        if not (torch.isfinite(divisors).all() and (divisors > 0).all()):
+            raise ModelError(
+                f"{data.path}: {DIVISORS} holds values that divide no frequency", "Fetch it again"
+            )
+        return gguf_positions.divided(theta, divisors, context)
+    if kind == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    if kind not in ("linear", "yarn") or DIVISORS in data.tensors:
+        raise ModelError(f"{data.path} scales its rotary frequencies ({kind}), which is not read from GGUF")
+    factor = _real(data, "rope.scaling.factor", 1.0)
+    if kind == "linear":
+        return gguf_positions.linear(theta, factor)
+    original = _count(data, "rope.scaling.original_context_length", context)
+    return gguf_positions.yarn(theta, factor, original, _real(data, "rope.scaling.attn_factor", 1.0))
 
 
 def _value(data: GGUFData, key: str, default: float | str | None) -> tuple[str, Any]:
