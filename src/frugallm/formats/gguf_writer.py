@@ -153,9 +153,10 @@ def make_layout(checkpoint: Checkpoint, kind: str, tables: str | None = None) ->
     notes = family.notes(checkpoint.config) + _fallback_notes(entries, wanted)
     if wanted_of_tables != kind:
         notes.insert(0, f"embedding and head are stored as {wanted_of_tables}")
-    metadata = _metadata(checkpoint, family, kind) | vocabulary(checkpoint)
+    tokenizer, more = vocabulary(checkpoint)
+    metadata = _metadata(checkpoint, family, kind) | tokenizer
     metadata["general.name"] = name_to_llama_cpp(checkpoint, metadata)
-    return Layout(family, tuple(entries), metadata, tuple(notes))
+    return Layout(family, tuple(entries), metadata, (*notes, *more))
 
 
 def _fallback_notes(entries: list[Entry], wanted: Mapping[str, str]) -> list[str]:
