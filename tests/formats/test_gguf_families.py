@@ -11,10 +11,12 @@ from tiny_llama import GGUFWriter
 from frugallm.conformance import trial
 from frugallm.errors import ExportError, ModelError
 from frugallm.formats.export import export
+from frugallm.formats.gguf_families import FAMILIES
 from frugallm.models import dense_model, open_checkpoint
 from frugallm.recipe import Recipe
 from frugallm.report_files import manifest_of
 from gguf_models import Heard, facts_of, other_family, written
+from small_job import write_text
 
 IDS = torch.tensor([[3, 50, 7, 99, 12, 200, 4, 4, 31]])
 BLOCKS = "model.layers.1"
@@ -226,6 +228,33 @@ def test_interleaved_heads_of_neox_are_taken_apart(parallel, tmp_path):
     found = hyper_parameters(path)
     assert found["use_parallel_residual"] is parallel and found["rope.dimension_count"] == 4
     assert "llama.cpp computes its tanh form" in heard.said[0]
+
+
+EVERY = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    **{kind: changes for kind, changes, _ in MIXTURES.values()},
+    "gemma3_text": GEMMA,
+    "phi3": {},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4},
+    "gpt_neox": {},
+}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_is_written_with_importance(kind, tmp_path):
+    """All linears of all families have an importance, and what comes out is near what went in."""
+    folder = other_family(tmp_path, kind, **EVERY[kind])[0]
+    text = write_text(tmp_path / "text.txt", words=200)
+    path = export(folder, "gguf:Q4_0", imatrix=True, text=text, samples=2, seq_len=32)
+    (values, types), checkpoint = written(path), open_checkpoint(folder)
+    weights = {name: values[name] for name, stored in types.items() if stored == "Q4_0"}
+    assert len(weights) == len({x.split(".experts.")[0] + x.split(".")[-1] for x in checkpoint.linears()})
+    plain = written(export(folder, "gguf:Q4_0", tmp_path / "plain.gguf"))[0]
+    assert all(np.isfinite(value).all() for value in weights.values())
+    assert all(not np.array_equal(value, plain[name]) for name, value in weights.items())
 
 
 # -- scaled rotary positions -------------------------------------------------------------------------------------------

@@ -48,12 +48,13 @@ def describe(
         elif token == model.get("unk_token"):
             found[number] = UNKNOWN
         elif found[number] == USER_DEFINED and added[number]["normalized"]:
-            texts[number] = token.replace(
-                SPACE, " "
-            )  # looked for behind the normalizer, by llama.cpp before it
-    if found.count(BYTE) != 256:
+            # found behind the normalizer here, and before it by llama.cpp
+            texts[number] = token.replace(SPACE, " ")
+    known = set(tokens)
+    missing = [b for b in range(256) if f"<0x{b:02X}>" not in known and not (b < 128 and chr(b) in known)]
+    if missing:
         raise ExportError(
-            f"{name}: its tokenizer has {found.count(BYTE)} of the 256 bytes as tokens", ELSEWHERE
+            f"{name}: its tokenizer has no token for {len(missing)} of the 256 bytes", ELSEWHERE
         )
     if len(set(texts)) != len(texts):
         raise ExportError(f"{name}: two tokens of its tokenizer have the same text", ELSEWHERE)
