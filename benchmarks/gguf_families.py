@@ -126,13 +126,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tiny_tokenizer() -> Any:
-    """Return a byte-level tokenizer without merges."""
+    """Return a byte-level tokenizer with one merge."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    letters = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(BPE({letter: number for number, letter in enumerate(letters)}, []))
+    pieces = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(BPE(vocabulary, [("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end|>"])

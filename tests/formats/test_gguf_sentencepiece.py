@@ -220,9 +220,16 @@ def test_what_scores_cannot_say_is_refused(changes, said):
     assert "\n" not in str(caught.value)
 
 
-def test_a_unigram_is_refused():
-    backend = Tokenizer(Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
-    with pytest.raises(ExportError, match="a tokenizer of kind Unigram is not written as GGUF"):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0), "a tokenizer of kind Unigram is not written"),
+        (BPE({"a": 0, "b": 1}, []), "has no merges, which llama.cpp asks for"),
+    ],
+)
+def test_kinds_that_llama_cpp_does_not_load_are_refused(kind, said):
+    backend = Tokenizer(kind)
+    with pytest.raises(ExportError, match=said):
         from_tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend), ROWS, "tiny")
 
 

@@ -102,6 +102,8 @@ def from_tokenizer(tokenizer: Any, rows: int, name: str) -> tuple[dict[str, Any]
 
 
 def _byte_level(described: dict[str, Any], name: str) -> tuple[dict[str, Any], list[str]]:
+    if not described["model"]["merges"]:
+        raise ExportError(f"{name}: its tokenizer has no merges, which llama.cpp asks for", ELSEWHERE)
     found = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": pre_tokenizer_name(described, name),
