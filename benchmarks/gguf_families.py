@@ -150,8 +150,8 @@ def write_model(name: str, file: Path, ids: list[int]) -> np.ndarray:
     from frugallm.models import InMemory
 
     kind, fields = VARIANTS[name]
-    config: Any = CONFIG_MAPPING[kind](bos_token_id=0, eos_token_id=0, **fields)
-    model = randomized(config, seed=0)
+    make: Any = CONFIG_MAPPING[kind]
+    model = randomized(make(bos_token_id=0, eos_token_id=0, **fields), seed=0)
     checkpoint = InMemory(model, tiny_tokenizer())
     layout = make_layout(checkpoint, "F32")
     write_gguf(checkpoint, file, layout)
