@@ -97,7 +97,7 @@ def _write_gguf(source: Checkpoint, file: Path, request: Request) -> list[str]:
         importance = channel_importance(source, windows, progress)
     progress.event("stage", text="writing the file")
     summary = write_gguf(source, file, layout, importance, progress)
-    read_back(file)
+    read_back(file, layout)
     progress.event("note", text=str(summary))
     return []
 

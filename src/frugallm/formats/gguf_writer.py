@@ -5,10 +5,11 @@ same type; with the codes of the source where that is a compressed folder and th
 (:mod:`~frugallm.formats.gguf_types`). What comes out is decoded and compared, so that the summary can say which tensors kept
 every value.
 
-Norms and biases are F32. Embedding and head are Q8_0 where the type asked for has fewer bits, whether they are tied or not
-(llama.cpp's own tool takes Q6_K for the head where rows allow it, and the type asked for, for an embedding of its own): a
-table is read row by row and loses most at few bits. Where a row is no multiple of a type's block the type that llama.cpp
-falls back to takes its place, F16 at last; that is said before anything is written.
+Norms, biases, positions and the routers of mixtures are F32. Embedding and head are Q8_0 where the type asked for has fewer
+bits, whether they are tied or not (llama.cpp's own tool takes Q6_K for the head where rows allow it, and the type asked for,
+for an embedding of its own): a table is read row by row and loses most at few bits. Where a row is no multiple of a type's
+block the type that llama.cpp falls back to takes its place, F16 at last; that is said before anything is written. The experts
+of a block lie in one tensor per projection, ``(experts, out, in)``.
 """
 
 from __future__ import annotations
@@ -26,20 +27,48 @@ from torch import Tensor
 
 from frugallm.errors import ExportError
 from frugallm.formats import gguf_types, shards
-from frugallm.formats.gguf_families import GGUFFamily, gguf_family, stored_names
+from frugallm.formats.gguf_families import ONE_EXPERT, GGUFFamily, gguf_family, stored_tensors
 from frugallm.formats.gguf_transcode import transcode
-from frugallm.formats.gguf_vocabulary import vocabulary
+from frugallm.formats.gguf_vocabulary import name_to_llama_cpp, vocabulary
 from frugallm.formats.packed_folder import PackedFolder
-from frugallm.models.gguf_file import GGUFFile
+from frugallm.models.gguf_file import ARCHITECTURES, GGUFFile
+from frugallm.models.gguf_reader import GGUFData
 from frugallm.progress import Progress
 
 if TYPE_CHECKING:
     from frugallm.models.checkpoint import Checkpoint
 
 TABLES = "Q8_0"
+#: Matrices that llama.cpp keeps as they are: routers and learned positions.
+UNQUANTIZED = ("ffn_gate_inp", "position_embd")
 #: What ``general.file_type`` calls a file whose linears are of a type.
 FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q3_K": "MOSTLY_Q3_K_S"}
 _ENTRIES_COMPARED = 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file.
+
+    Attributes
+    ----------
+    name
+        Its name there.
+    sources
+        Names of the tensors that make it: one, or one per expert, which are stacked.
+    shape
+        Row-major, ``(out, in)`` or ``(experts, out, in)``.
+    kind
+        Its type.
+    values
+        What is in it where nothing of the model is: ``(width,)``, stored as F32.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    kind: str
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +79,8 @@ class Layout:
     ----------
     family
         How llama.cpp describes the model.
-    names
-        Name of each tensor to its name in the file, in the order of the file.
-    types
-        Name of each tensor to its type.
+    entries
+        Its tensors in order.
     metadata
         Keys and values of the file's head.
     notes
@@ -61,8 +88,7 @@ class Layout:
     """
 
     family: GGUFFamily
-    names: Mapping[str, str]
-    types: Mapping[str, str]
+    entries: tuple[Entry, ...]
     metadata: Mapping[str, Any]
     notes: tuple[str, ...]
 
@@ -76,6 +102,14 @@ class Summary:
     stored_bytes: int = 0
     entries: int = 0
     types: Counter[str] = field(default_factory=Counter)
+
+    def add(self, entry: Entry, stored_bytes: int, *, exact: bool) -> None:
+        """Count one tensor more."""
+        self.lossless += exact
+        self.rounded += not exact
+        self.stored_bytes += stored_bytes
+        self.entries += math.prod(entry.shape)
+        self.types[entry.kind] += 1
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.types.most_common())
@@ -102,30 +136,36 @@ def make_layout(checkpoint: Checkpoint, kind: str, tables: str | None = None) ->
         If the model, or its tokenizer, cannot be said in GGUF.
     """
     family = gguf_family(checkpoint)
-    names = stored_names(checkpoint, family)
     wanted_of_tables = tables or (kind if kind in gguf_types.PLAIN else TABLES)
     found_tables = {f"{path}.weight" for path in (checkpoint.family.embedding, checkpoint.family.head)}
-    types, wanted = {}, {}
-    for name in names:
-        shape = checkpoint.shape(name)
-        if len(shape) == 1:
-            types[name] = "F32"
-            continue
-        wanted[name] = wanted_of_tables if name in found_tables else kind
-        types[name] = gguf_types.fitting_type(wanted[name], shape[-1])
-    notes = family.notes(checkpoint.config) + _fallback_notes(checkpoint, wanted, types)
+    divisors = family.positions(checkpoint.config).divisors
+    entries = [Entry(name, (), tuple(values.shape), "F32", values) for name, values in divisors.items()]
+    wanted = {}
+    for name, sources in stored_tensors(checkpoint, family).items():
+        shape = checkpoint.shape(sources[0])
+        if len(shape) == 1 or name.split(".")[-2] in UNQUANTIZED:
+            fitting = "F32"
+        else:
+            wanted[name] = wanted_of_tables if sources[0] in found_tables else kind
+            fitting = gguf_types.fitting_type(wanted[name], shape[-1])
+        stacked = (len(sources), *shape) if ONE_EXPERT.search(sources[0]) else shape
+        entries.append(Entry(name, sources, stacked, fitting))
+    notes = family.notes(checkpoint.config) + _fallback_notes(entries, wanted)
     if wanted_of_tables != kind:
         notes.insert(0, f"embedding and head are stored as {wanted_of_tables}")
-    metadata = _metadata(checkpoint, family, kind) | vocabulary(checkpoint)
-    return Layout(family, names, types, metadata, tuple(notes))
+    tokenizer, more = vocabulary(checkpoint)
+    metadata = _metadata(checkpoint, family, kind) | tokenizer
+    metadata["general.name"] = name_to_llama_cpp(checkpoint, metadata)
+    return Layout(family, tuple(entries), metadata, (*notes, *more))
 
 
-def _fallback_notes(checkpoint: Checkpoint, wanted: dict[str, str], types: dict[str, str]) -> list[str]:
+def _fallback_notes(entries: list[Entry], wanted: Mapping[str, str]) -> list[str]:
     """Name every type that rows do not fit, with what takes its place and where."""
     places: dict[tuple[str, str, int], list[str]] = {}
-    for name, kind in wanted.items():
-        if types[name] != kind:
-            places.setdefault((kind, types[name], checkpoint.shape(name)[-1]), []).append(name)
+    for entry in entries:
+        kind = wanted.get(entry.name, entry.kind)
+        if entry.kind != kind:
+            places.setdefault((kind, entry.kind, entry.shape[-1]), []).append(entry.sources[0])
     notes = []
     for (kind, instead, width), names in places.items():
         block, _ = gguf_types.block_size(kind)
@@ -175,35 +215,52 @@ def write_gguf(
     writer = GGUFWriter(path, layout.family.name)
     for key, value in layout.metadata.items():
         _add_value(writer, key, value)
-    for name, stored in layout.names.items():
-        kind = layout.types[name]
-        shape = _byte_shape(checkpoint.shape(name), kind)
+    for entry in layout.entries:
+        shape = _byte_shape(entry.shape, entry.kind)
         writer.add_tensor_info(
-            stored, shape, np.dtype(np.uint8), math.prod(shape), raw_dtype=GGMLQuantizationType[kind]
+            entry.name,
+            shape,
+            np.dtype(np.uint8),
+            math.prod(shape),
+            raw_dtype=GGMLQuantizationType[entry.kind],
         )
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for index, name in enumerate(layout.names, 1):
-            kind = layout.types[name]
-            value = checkpoint.tensor(name).float()
-            _check_size(value, kind, f"{checkpoint.where(name)}: {name}")
-            rows, exact = stored_rows(checkpoint, name, value, kind, importance.get(name))
-            order = layout.family.row_order(name, len(value), checkpoint.config)
-            if order is not None:
-                rows = rows[order] if value.ndim > 1 else rows.reshape(len(value), -1)[order]
-            writer.write_tensor_data(np.ascontiguousarray(rows).reshape(_byte_shape(value.shape, kind)))
-            summary.lossless += exact
-            summary.rounded += not exact
-            summary.stored_bytes += rows.nbytes
-            summary.entries += value.numel()
-            summary.types[kind] += 1
-            progress.event("tensor", index=index, of=len(layout.names))
+        for index, entry in enumerate(layout.entries, 1):
+            rows, exact = _entry_rows(checkpoint, layout.family, entry, importance)
+            writer.write_tensor_data(rows)
+            summary.add(entry, rows.nbytes, exact=exact)
+            progress.event("tensor", index=index, of=len(layout.entries))
     finally:
         writer.close()
     shards.sync(path)
     return summary
+
+
+def _entry_rows(
+    checkpoint: Checkpoint, family: GGUFFamily, entry: Entry, importance: Mapping[str, Tensor]
+) -> tuple[np.ndarray, bool]:
+    """Return the bytes of a tensor of the file, and whether every value was kept."""
+    if entry.values is not None:
+        return gguf_types.encode(entry.values[None], entry.kind).reshape(-1), True
+    stacked = np.empty(
+        (len(entry.sources), *_byte_shape(checkpoint.shape(entry.sources[0]), entry.kind)), np.uint8
+    )
+    exact = True
+    for place, name in zip(stacked, entry.sources):
+        value = checkpoint.tensor(name).float()
+        if value.ndim == 1 and name.endswith(".weight"):  # the gain of a norm
+            value = value + checkpoint.family.gain_offset
+        _check_size(value, entry.kind, f"{checkpoint.where(name)}: {name}")
+        rows, kept = stored_rows(checkpoint, name, value, entry.kind, importance.get(name))
+        order = family.row_order(name, len(value), checkpoint.config)
+        if order is not None:
+            rows = rows[order] if value.ndim > 1 else rows.reshape(len(value), -1)[order]
+        place[...] = rows.reshape(place.shape)
+        exact = exact and kept
+    return stacked.reshape(_byte_shape(entry.shape, entry.kind)), exact
 
 
 def _byte_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
@@ -281,6 +338,17 @@ def _add_value(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def read_back(path: Path) -> None:
-    """Read the head of a finished file with our own reader: names, shapes and types are what the model asks for."""
-    GGUFFile(path).validate()
+def read_back(path: Path, layout: Layout) -> None:
+    """Read the head of a finished file with our own reader: names, shapes and types are what they should be.
+
+    Raises
+    ------
+    ExportError
+        If they are not; ``ModelError`` if the file is damaged.
+    """
+    found = {name: (info.shape, info.kind.name) for name, info in GGUFData(path).tensors.items()}
+    if found != {entry.name: (entry.shape, entry.kind) for entry in layout.entries}:
+        raise ExportError(f"{path} was not written as it should have been", "Write it again")
+    read_here = layout.family.name in ARCHITECTURES
+    if read_here and not any(entry.name.startswith("rope_factors") for entry in layout.entries):
+        GGUFFile(path).validate()

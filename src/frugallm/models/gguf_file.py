@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from frugallm.errors import ModelError
+from frugallm.models import gguf_positions
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.family import family_of
 from frugallm.models.gguf_reader import GGUFData
@@ -38,15 +41,58 @@ IN_BLOCK = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
 }
+#: The linears of all experts of a block, one tensor each.
+EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
-#: Architecture to ``transformers`` model type and the linears that may have a bias: field of the configuration to name.
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp's architecture is in ``transformers``.
+
+    Attributes
+    ----------
+    model_type
+        Its name there.
+    biases
+        Field of the configuration to the linear whose bias says that it holds.
+    counts
+        Field of the configuration to the key of the file that holds it.
+    fixed
+        Fields of the configuration that llama.cpp takes for granted, with their values.
+    paired
+        Whether the rows of q and k lie rotary pair by rotary pair.
+    """
+
+    model_type: str
+    biases: Mapping[str, str] = field(default_factory=dict)
+    counts: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    paired: bool = False
+
+
+MIXTURE = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 ARCHITECTURES = {
-    "llama": ("llama", {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}),
-    "qwen2": ("qwen2", {}),
-    "qwen3": ("qwen3", {"attention_bias": "attn_q"}),
+    "llama": Architecture("llama", {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}, paired=True),
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", {"attention_bias": "attn_q"}),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        counts=MIXTURE | {"moe_intermediate_size": "expert_feed_forward_length"},
+        fixed={"norm_topk_prob": True},
+    ),
+    "olmoe": Architecture("olmoe", counts=MIXTURE, fixed={"norm_topk_prob": False}),
 }
-PAIRED = ("llama",)  # q and k lie rotary pair by rotary pair
+#: What the file calls llama where it has experts.
+MIXTRAL = Architecture(
+    "mixtral",
+    counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
+    fixed={"sliding_window": None},
+    paired=True,
+)
+DIVISORS = "rope_freqs.weight"
 LARGEST = 2**31  # no width or count of a real model is larger; beyond it sizes overflow
 
 
@@ -67,9 +113,10 @@ class GGUFFile(Checkpoint):
         self._license = license
         self._data = GGUFData(self.path)
         self._stored = _transformers_names(self._data)
-        self.config = _config(self._data)
+        self._architecture = _architecture(self._data)
+        self.config = _config(self._data, self._architecture)
         self.family = family_of(self.config)
-        for kind in {self._data.tensors[stored].kind for stored in self._stored.values()}:
+        for kind in {self._data.tensors[stored].kind for stored, _ in self._stored.values()}:
             _check_type(kind, self.path)
 
     def names(self) -> list[str]:  # noqa: D102
@@ -78,7 +125,9 @@ class GGUFFile(Checkpoint):
     def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
         if name not in self._stored:
             raise ModelError(f"{self.name}: there is no tensor '{name}'")
-        return self._data.tensors[self._stored[name]].shape
+        stored, expert = self._stored[name]
+        shape = self._data.tensors[stored].shape
+        return shape if expert is None else shape[1:]
 
     def where(self, name: str) -> str:  # noqa: D102
         return str(self.path)
@@ -121,21 +170,28 @@ class GGUFFile(Checkpoint):
     def stored(self, name: str) -> tuple[str, np.ndarray]:
         """Return the type of a tensor and its bytes ``(rows, bytes)``, rows in the order of ``transformers``."""
         self.shape(name)
-        raw = self._data.raw(self._stored[name])
+        raw = self._raw(name)
         order = self._row_order(name, len(raw))
-        return self._data.tensors[self._stored[name]].kind.name, raw if order is None else raw[order]
+        return self._data.tensors[self._stored[name][0]].kind.name, raw if order is None else raw[order]
+
+    def _raw(self, name: str) -> np.ndarray:
+        """Return the bytes ``(rows, bytes)`` of a tensor, or of one expert's part of it, in the order of the file."""
+        stored, expert = self._stored[name]
+        raw = self._data.raw(stored)
+        if expert is None:
+            return raw
+        count = self._data.tensors[stored].shape[1]
+        return raw[expert * count : (expert + 1) * count]
 
     def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
-        stored = self._stored[name]
-        info = self._data.tensors[stored]
-        raw = self._data.raw(stored)
-        if len(info.shape) == 1:  # a vector is one row of bytes: its "rows" are elements
-            values = self._dequantize(raw, stored).reshape(info.shape)
-            order = self._row_order(name, info.shape[0])
+        stored, shape, raw = self._stored[name][0], self.shape(name), self._raw(name)
+        if len(shape) == 1:  # a vector is one row of bytes: its "rows" are elements
+            values = self._dequantize(raw, stored).reshape(shape)
+            order = self._row_order(name, shape[0])
             return (values if order is None else values[order])[start:stop].clone()
-        order = self._row_order(name, info.row_count)
+        order = self._row_order(name, len(raw))
         raw = raw[start:stop] if order is None else raw[order[start:stop]]
-        return self._dequantize(raw, stored).reshape(-1, *info.shape[1:])
+        return self._dequantize(raw, stored).reshape(-1, *shape[1:])
 
     def _dequantize(self, raw: np.ndarray, stored: str) -> Tensor:
         with np.errstate(all="ignore"):  # what overflows is found by the check for NaN and infinite values
@@ -152,7 +208,7 @@ class GGUFFile(Checkpoint):
             "q_proj": self.config.num_attention_heads,
             "k_proj": self.config.num_key_value_heads,
         }.get(name.split(".")[-2])
-        if heads is None or self.config.model_type not in PAIRED:
+        if heads is None or not self._architecture.paired:
             return None
         if rows % (2 * heads):
             raise ModelError(f"{self.path}: {name} has {rows} rows, which {heads} heads cannot share")
@@ -173,44 +229,47 @@ def _check_type(kind: Any, path: Path) -> None:
         ) from error
 
 
-def _transformers_names(data: GGUFData) -> dict[str, str]:
-    """Map the state-dict name of each tensor to its name in the file."""
-    found = {}
-    for stored in data.tensors:
+def _transformers_names(data: GGUFData) -> dict[str, tuple[str, int | None]]:
+    """Map the state-dict name of each tensor to its name in the file and the expert whose part of it that is."""
+    found: dict[str, tuple[str, int | None]] = {}
+    for stored, info in data.tensors.items():
         stem, _, kind = stored.rpartition(".")
+        match = BLOCK.fullmatch(stored)
         if stem in TOP:
-            found[f"{TOP[stem]}.{kind}"] = stored
-        elif (match := BLOCK.fullmatch(stored)) and match[2] in IN_BLOCK:
-            found[f"model.layers.{int(match[1])}.{IN_BLOCK[match[2]]}.{match[3]}"] = stored
-        elif stem == "rope_freqs":
-            raise ModelError(
-                f"{data.path} scales its rotary frequencies (rope_freqs.weight), which is not read from GGUF",
-                "Use the model's safetensors folder",
-            )
-        else:
+            found[f"{TOP[stem]}.{kind}"] = stored, None
+        elif match and match[2] in IN_BLOCK:
+            found[f"model.layers.{int(match[1])}.{IN_BLOCK[match[2]]}.{match[3]}"] = stored, None
+        elif match and match[2] in EXPERTS and match[3] == "weight" and len(info.shape) == 3:
+            experts = f"model.layers.{int(match[1])}.mlp.experts"
+            for number in range(info.shape[0]):
+                found[f"{experts}.{number}.{EXPERTS[match[2]]}.weight"] = stored, number
+        elif stored != DIVISORS:
             raise ModelError(f"{data.path}: tensor '{stored}' has no place in a model of its architecture")
     return found
 
 
-def _config(data: GGUFData) -> PretrainedConfig:
+def _architecture(data: GGUFData) -> Architecture:
+    name = data.metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise ModelError(
+            f"{data.path}: architecture '{name}' is not read from GGUF",
+            f"Supported: {', '.join(ARCHITECTURES)}",
+        )
+    if name == "llama" and data.metadata.get("llama.expert_count", 0) != 0:
+        return MIXTRAL
+    return ARCHITECTURES[name]
+
+
+def _config(data: GGUFData, architecture: Architecture) -> PretrainedConfig:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    metadata, path = data.metadata, data.path
-    architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        raise ModelError(
-            f"{path}: architecture '{architecture}' is not read from GGUF",
-            f"Supported: {', '.join(ARCHITECTURES)}",
-        )
-    kind, biases = ARCHITECTURES[architecture]
+    metadata, path, kind = data.metadata, data.path, architecture.model_type
     if metadata.get("split.count", 1) not in (0, 1):
         raise ModelError(
             f"{path} is one part of a split model", "Merge the parts with llama.cpp's gguf-split"
         )
-    if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
-        raise ModelError(f"{path} scales its rotary frequencies, which is not read from GGUF")
     heads, width = _count(data, "attention.head_count"), _count(data, "embedding_length")
     head_dim = _count(data, "attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
@@ -238,18 +297,44 @@ def _config(data: GGUFData) -> PretrainedConfig:
             max_position_embeddings=_count(data, "context_length"),
             vocab_size=vocabulary,
             rms_norm_eps=_real(data, "attention.layer_norm_rms_epsilon", 1e-5),
-            rope_parameters={"rope_type": "default", "rope_theta": _real(data, "rope.freq_base", 10000.0)},
-            **{field: f"blk.0.{linear}.bias" in data.tensors for field, linear in biases.items()},
+            rope_parameters=_positions(data, head_dim),
+            **{name: f"blk.0.{part}.bias" in data.tensors for name, part in architecture.biases.items()},
+            **{name: _count(data, key) for name, key in architecture.counts.items()},
+            **architecture.fixed,
             tie_word_embeddings="output.weight" not in data.tensors,
             bos_token_id=token_id(metadata, "bos", path),
             eos_token_id=token_id(metadata, "eos", path),
             pad_token_id=token_id(metadata, "padding", path),
         )
     except (ValueError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"{path}: its metadata describes no {architecture} model ({error})") from error
+        raise ModelError(f"{path}: its metadata describes no {kind} model ({error})") from error
 
 
-def _value(data: GGUFData, key: str, default: float | None) -> tuple[str, Any]:
+def _positions(data: GGUFData, head_dim: int) -> dict[str, Any]:
+    theta, kind = _real(data, "rope.freq_base", 10000.0), _value(data, "rope.scaling.type", "none")[1]
+    context = _count(data, "context_length")
+    if DIVISORS in data.tensors and kind == "none":
+        info = data.tensors[DIVISORS]
+        if info.shape != (head_dim // 2,) or info.kind.name != "F32":
+            raise ModelError(f"{data.path}: {DIVISORS} has shape {info.shape}, heads are {head_dim} wide")
+        divisors = torch.from_numpy(data.raw(DIVISORS).view(np.float32).reshape(-1).copy())
+        if not (torch.isfinite(divisors).all() and (divisors > 0).all()):
+            raise ModelError(
+                f"{data.path}: {DIVISORS} holds values that divide no frequency", "Fetch it again"
+            )
+        return gguf_positions.divided(theta, divisors, context)
+    if kind == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    if kind not in ("linear", "yarn") or DIVISORS in data.tensors:
+        raise ModelError(f"{data.path} scales its rotary frequencies ({kind}), which is not read from GGUF")
+    factor = _real(data, "rope.scaling.factor", 1.0)
+    if kind == "linear":
+        return gguf_positions.linear(theta, factor)
+    original = _count(data, "rope.scaling.original_context_length", context)
+    return gguf_positions.yarn(theta, factor, original, _real(data, "rope.scaling.attn_factor", 1.0))
+
+
+def _value(data: GGUFData, key: str, default: float | str | None) -> tuple[str, Any]:
     """Return the full key of a hyper-parameter and its value."""
     full = f"{data.metadata.get('general.architecture')}.{key}"
     return full, data.metadata.get(full, default)

@@ -1,4 +1,4 @@
-"""The byte-level BPE tokenizer of a GGUF file, rebuilt with the ``tokenizers`` library.
+"""The tokenizer of a GGUF file, rebuilt with the ``tokenizers`` library: a byte-level BPE, or one of SentencePiece's kind.
 
 A GGUF file names its pre-tokenizer (``tokenizer.ggml.pre``) instead of describing it. The splits below are
 those that llama.cpp uses for these names, written as the tokenizers they were converted from have them.
@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from frugallm.errors import ModelError
+from frugallm.models.gguf_sentencepiece import build_backend
 
-CONTROL, USER_DEFINED = 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -82,21 +84,15 @@ def build_tokenizer(metadata: dict[str, Any], path: Path) -> Any:
     ModelError
         If the file's tokenizer is of another kind, or damaged.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
-    from tokenizers.models import BPE
+    from tokenizers import AddedToken, processors
     from transformers import PreTrainedTokenizerFast
 
-    splits = _splits(metadata, path)
-    tokens, merges, kinds = _vocabulary(metadata, path)
-    backend = Tokenizer(
-        BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=splits.ignore_merges)
-    )
-    if splits.normalizer:
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _pre_tokenizer(splits)
-    backend.decoder = decoders.ByteLevel()
+    sentencepiece = metadata.get("tokenizer.ggml.model") == "llama"
+    tokens, kinds = _tokens(metadata, path)
+    backend = (_scored if sentencepiece else _byte_level)(metadata, tokens, kinds, path)
+    control = (CONTROL, UNKNOWN) if sentencepiece else (CONTROL,)
     backend.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t, kind in zip(tokens, kinds) if kind == CONTROL]
+        [AddedToken(t, normalized=False, special=True) for t, kind in zip(tokens, kinds) if kind in control]
     )
     backend.add_tokens(
         [AddedToken(t, normalized=False) for t, kind in zip(tokens, kinds) if kind == USER_DEFINED]
@@ -106,7 +102,9 @@ def build_tokenizer(metadata: dict[str, Any], path: Path) -> Any:
         for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if (number := token_id(metadata, key, path)) is not None
     }
-    backend.post_processor = _post_processor(metadata, splits, special, backend, path)
+    level = None if sentencepiece else processors.ByteLevel(trim_offsets=False)
+    adds_bos = sentencepiece or _splits(metadata, path).add_bos
+    backend.post_processor = _post_processor(metadata, level, adds_bos, special, backend, path)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=_text(metadata, "tokenizer.chat_template", path),
@@ -157,19 +155,48 @@ def _splits(metadata: dict[str, Any], path: Path) -> Splits:
     return PRE[pre]
 
 
-def _vocabulary(metadata: dict[str, Any], path: Path) -> tuple[list[str], list[tuple[str, str]], list[int]]:
+def _byte_level(metadata: dict[str, Any], tokens: list[str], kinds: list[int], path: Path) -> Any:
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    splits, merges = _splits(metadata, path), _merges(metadata, set(tokens), path)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    backend = Tokenizer(BPE(vocabulary, merges, ignore_merges=splits.ignore_merges))
+    if splits.normalizer:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = _pre_tokenizer(splits)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _scored(metadata: dict[str, Any], tokens: list[str], kinds: list[int], path: Path) -> Any:
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise ModelError(f"{path} is damaged: its vocabulary has more or fewer scores than tokens")
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    unknown = [token for token, kind in zip(tokens, kinds) if kind == UNKNOWN]
+    merged = {token: score for token, score, kind in zip(tokens, scores, kinds) if kind == NORMAL}
+    return build_backend(tokens, merged, unknown[0] if unknown else None, SPACE, prefix=bool(prefix))
+
+
+def _tokens(metadata: dict[str, Any], path: Path) -> tuple[list[str], list[int]]:
     tokens: list[str] = metadata.get("tokenizer.ggml.tokens", [])
-    merges: list[str] = metadata.get("tokenizer.ggml.merges", [])
-    if not tokens or not _strings(tokens) or not _strings(merges):
-        raise ModelError(f"{path} is damaged: it has no vocabulary or no merges", "Fetch it again")
-    known = set(tokens)
-    if len(known) != len(tokens) or "" in known:
+    if not tokens or not _strings(tokens):
+        raise ModelError(f"{path} is damaged: it has no vocabulary", "Fetch it again")
+    if len(set(tokens)) != len(tokens) or "" in tokens:
         raise ModelError(
             f"{path} is damaged: its vocabulary holds a token twice, or an empty one", "Fetch it again"
         )
     kinds = metadata.get("tokenizer.ggml.token_type", [1] * len(tokens))
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise ModelError(f"{path} is damaged: its vocabulary has more or fewer token types than tokens")
+    return tokens, kinds
+
+
+def _merges(metadata: dict[str, Any], known: set[str], path: Path) -> list[tuple[str, str]]:
+    merges: list[str] = metadata.get("tokenizer.ggml.merges", [])
+    if not _strings(merges):
+        raise ModelError(f"{path} is damaged: it has no merges", "Fetch it again")
     pairs = []
     for merge in merges:
         left, _, right = merge.partition(" ")
@@ -178,7 +205,7 @@ def _vocabulary(metadata: dict[str, Any], path: Path) -> tuple[list[str], list[t
                 f"{path} is damaged: the merge '{merge!r}' is not in the vocabulary", "Fetch it again"
             )
         pairs.append((left, right))
-    return tokens, pairs, kinds
+    return pairs
 
 
 def _strings(value: Any) -> bool:
@@ -207,12 +234,11 @@ def _pre_tokenizer(splits: Splits) -> Any:
 
 
 def _post_processor(
-    metadata: dict[str, Any], splits: Splits, special: dict[str, str], backend: Any, path: Path
+    metadata: dict[str, Any], level: Any, adds_bos: bool, special: dict[str, str], backend: Any, path: Path
 ) -> Any:
     from tokenizers import processors
 
-    level = processors.ByteLevel(trim_offsets=False)
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", splits.add_bos))
+    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos))
     add_eos = bool(metadata.get("tokenizer.ggml.add_eos_token", False))
     before = [special.get("bos_token")] if add_bos else []
     after = [special.get("eos_token")] if add_eos else []
@@ -227,4 +253,4 @@ def _post_processor(
         pair=[*before, "$A", *after, *(f"{t}:1" for t in before), "$B:1", *(f"{t}:1" for t in after)],
         special_tokens=[(token, backend.token_to_id(token)) for token in {*before, *after}],
     )
-    return processors.Sequence([level, template])
+    return template if level is None else processors.Sequence([level, template])
