@@ -97,6 +97,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(args.threads)
+    if not torch.accelerator.is_available():
+        # Its AWQ pins memory for copies to a GPU, which without one is an error and would change nothing.
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
     stage("load")
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     tokenizer = AutoTokenizer.from_pretrained(args.model)
