@@ -76,14 +76,17 @@ def rows(found: dict[str, dict[str, Any]], windows: int) -> list[Row]:
 
 
 def frontier(points: list[Row]) -> set[str]:
-    """Return the names of those that nothing smaller or as small comes closer than."""
-    sized = [p for p in points if p.megabytes is not None]
+    """Return the names of those that nothing smaller or as small, to a tenth of a megabyte, comes closer than."""
+    sized = [(round(p.megabytes, 1), p.kl, p) for p in points if p.megabytes is not None]
     best, found = math.inf, set()
-    for point in sorted(sized, key=lambda p: (p.megabytes, p.kl)):
+    for _, _, point in sorted(sized, key=lambda one: one[:2]):
         if point.kl < best:
             best = point.kl
             found.add(point.name)
     return found
+
+
+GGUF_ROWS = "`gguf` rows are files written by `frugal export`; what llama.cpp computes from them stands under the targets."
 
 
 def page(
@@ -98,30 +101,40 @@ def page(
         "<!-- made by 'python benchmarks/comparison.py' from results/ -->",
         "",
         f"`{setting['model']}`, the first {windows} windows of {setting['window_length']} tokens of "
-        f"`{setting['evaluation']}`, one evaluator for everybody; unquantized perplexity {base:.2f}. Calibration: "
-        f"{setting['samples']} windows of {setting['seq_len']} tokens of `{setting['calibration']}` where a way needs it.",
+        f"`{setting['evaluation']}`, one evaluator for everybody; unquantized perplexity {base:.2f}. Where a way "
+        f"needs calibration: windows and tokens of `{setting['calibration']}` as its benchmark took them.",
         "",
         "Bytes are those of the weight files, embedding and norms included. What llm-compressor made in float32 has its",
-        "embedding and scales in float32; its rows say so by their size. `gguf` rows are files written by `frugal export`;",
-        "what llama.cpp itself computes from them is told under the targets. Pruned weights are stored dense: their rows",
-        "have no size. **Bold**: nothing that is as small or smaller comes closer to the original.",
+        "embedding and scales in float32; its rows say so by their size. Pruned weights are stored dense: their rows have",
+        "no size. **Bold**: nothing that is as small or smaller comes closer to the original.",
+        *([GGUF_ROWS] if "gguf_llama_cpp" in found else []),
         "",
         f"![Divergence against bytes](../results/{PLOT})",
         "",
-        "| # | way | MB | KL, nats/token | perplexity | benchmark's result |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| # | way | MB | KL, nats/token | perplexity | calibration | benchmark's result |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     origin = {f"{BENCHMARKS[b]}{arm}": b for b in reversed(found) for arm in found[b]["arms"]}
     for number, one in enumerate(points, 1):
         name = f"**{one.name}**" if one.name in best else one.name
         size = "" if one.megabytes is None else f"{one.megabytes:.1f}"
-        result = f"[{origin[one.name]}](../results/{origin[one.name]}.json)"
-        lines.append(f"| {number} | {name} | {size} | {one.kl:.4f} | {one.perplexity:.2f} | {result} |")
+        benchmark = origin[one.name]
+        taken = found[benchmark]["setting"]
+        cells = [
+            name,
+            size,
+            f"{one.kl:.4f}",
+            f"{one.perplexity:.2f}",
+            f"{taken['samples']} × {taken['seq_len']}",
+        ]
+        cells.append(f"[{benchmark}](../results/{benchmark}.json)")
+        lines.append(f"| {number} | {' | '.join(cells)} |")
     lines += [
         "",
         "## Targets",
         "",
-        "Set before anything was measured; those that were missed stay.",
+        "Set before they were measured (how far apart log-probabilities in vLLM may be: after a first look); those",
+        "that were missed stay.",
         "",
         *held,
     ]
