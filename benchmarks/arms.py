@@ -185,9 +185,7 @@ def benchmark(
     """
     parser = argparse.ArgumentParser(description=about)
     common.add_options(parser)
-    parser.add_argument(
-        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
-    )
+    peers.add_option(parser)
     parser.add_argument("--repeats", type=int, default=2, help="runs of each timed arm")
     args = parser.parse_args()
     known = facts()

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from readme_figures import ROOT, TARGETED, read, targets
+from readme_figures import ROOT, TARGETED, read, targets, write_or_check
 
 PAGE, PLOT = "comparison.md", "kl_size.svg"
 OURS, LLM_COMPRESSOR, HQQ, GGUF = "FrugalLM", "llm-compressor", "hqq", "GGUF"
@@ -215,12 +214,7 @@ def main() -> None:
     if written is None:
         raise SystemExit("results/ holds nothing to compare; run the benchmarks first")
     wanted = dict(zip((ROOT / "docs" / PAGE, ROOT / "results" / PLOT), written, strict=True))
-    stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
-    for path in stale:
-        if not args.check:
-            path.write_text(wanted[path], encoding="utf-8")
-        print(f"{path.relative_to(ROOT)} {'is stale' if args.check else 'written'}")
-    sys.exit(1 if args.check and stale else 0)
+    write_or_check(wanted, check=args.check)
 
 
 if __name__ == "__main__":

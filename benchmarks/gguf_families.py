@@ -164,9 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="variants, by a part of their names")
     parser.add_argument("--work", type=Path, help="folder that keeps the files")
-    parser.add_argument(
-        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
-    )
+    peers.add_option(parser)
     args = parser.parse_args()
     about = facts()
     names = common.pick(list(VARIANTS), args.only)

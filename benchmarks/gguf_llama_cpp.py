@@ -179,9 +179,7 @@ def show(arms: dict[str, Any], compared: dict[str, Any], evaluations: dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common.add_options(parser)
-    parser.add_argument(
-        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
-    )
+    peers.add_option(parser)
     args = parser.parse_args()
     about = facts()
     setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)

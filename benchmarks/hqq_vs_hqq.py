@@ -82,9 +82,7 @@ def verdicts(chosen: dict[str, Arm], evaluations: dict[str, Any]) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common.add_options(parser)
-    parser.add_argument(
-        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
-    )
+    peers.add_option(parser)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3], choices=(2, 3, 4, 8))
     args = parser.parse_args()
     about = facts()

@@ -33,6 +33,11 @@ REPORTED = {
 }
 
 
+def add_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where the environments are."""
+    parser.add_argument("--envs", type=Path, default=ENVIRONMENTS, help="folder of the peers' environments")
+
+
 def peer_python(name: str, environments: Path = ENVIRONMENTS) -> Path:
     """Return the Python of a peer's environment, which is made if it is not there or is of other pins."""
     folder = environments.expanduser() / name
@@ -65,7 +70,7 @@ def versions(name: str, python: Path) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", choices=sorted(PEERS))
-    parser.add_argument("--envs", type=Path, default=ENVIRONMENTS, help="folder of the environments")
+    add_option(parser)
     args = parser.parse_args()
     python = peer_python(args.name, args.envs)
     print(python, json.dumps(versions(args.name, python)))

@@ -273,6 +273,16 @@ def filled(readme: str, section: str) -> str:
     return f"{before}{BEGIN}\n{section}\n{END}{after}"
 
 
+def write_or_check(wanted: dict[Path, str], *, check: bool) -> None:
+    """Write the files that are not as wanted, or only say so and exit with 1."""
+    stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if not check:
+            path.write_text(wanted[path], encoding="utf-8")
+        print(f"{path.relative_to(ROOT)} {'is stale' if check else 'written'}")
+    sys.exit(1 if check and stale else 0)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something is stale")
@@ -281,12 +291,7 @@ def main() -> None:
     wanted = {ROOT / "README.md": filled((ROOT / "README.md").read_text(encoding="utf-8"), section)}
     if picture is not None:
         wanted[ROOT / "results" / PLOT] = picture
-    stale = [p for p, text in wanted.items() if not p.is_file() or p.read_text(encoding="utf-8") != text]
-    for path in stale:
-        if not args.check:
-            path.write_text(wanted[path], encoding="utf-8")
-        print(f"{path.relative_to(ROOT)} {'is stale' if args.check else 'written'}")
-    sys.exit(1 if args.check and stale else 0)
+    write_or_check(wanted, check=args.check)
 
 
 if __name__ == "__main__":

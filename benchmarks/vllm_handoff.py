@@ -182,9 +182,7 @@ def verdicts(compared: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     common.add_options(parser)
-    parser.add_argument(
-        "--envs", type=Path, default=peers.ENVIRONMENTS, help="folder of the peers' environments"
-    )
+    peers.add_option(parser)
     args = parser.parse_args()
     about = facts()
     setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
