@@ -106,6 +106,7 @@ WITH_VERDICTS = {
     "hqq_vs_hqq": "hqq ",
     "pruning_vs_llmcompressor": "",
     "gguf_llama_cpp": "GGUF in llama.cpp: ",
+    "gguf_families": "GGUF in llama.cpp: ",
     "vllm_handoff": "vLLM, ",
 }
 #: Results that say only whether their one target was met.
@@ -123,6 +124,8 @@ def measured(verdict: dict[str, Any]) -> str:
         return f"{verdict['value'] / GIB:.2f} GiB"
     if "relative_difference" in verdict:
         return f"{100 * verdict['relative_difference']:.2f} % apart at most ({verdict['worst']})"
+    if "worst" in verdict:
+        return f"{verdict['value']:.2g} at most ({verdict['worst']})"
     if "different" in verdict:
         return f"all but {', '.join(verdict['different'])}" if verdict["different"] else "all"
     if "of" in verdict:

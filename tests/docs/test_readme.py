@@ -209,6 +209,7 @@ def test_table_targets_and_picture_come_from_the_results(readme_figures, results
         ({"value": 0.5}, "0.500"),
         ({"value": 2**30, "unit": "bytes"}, "1.00 GiB"),
         ({"relative_difference": 0.0012, "worst": "Q4_0"}, "0.12 % apart at most (Q4_0)"),
+        ({"value": 0.00089, "worst": "gemma3"}, "0.00089 at most (gemma3)"),
         ({"different": []}, "all"),
         ({"different": ["a", "b"]}, "all but a, b"),
         ({"same": 3, "of": 8, "transformers with itself": 4}, "3 of 8, transformers with itself 4"),
