@@ -102,7 +102,7 @@ def table(rows: list[Row], base: float) -> list[str]:
 #: Results that hold verdicts by target, with the subject that the target's words leave out.
 WITH_VERDICTS = {
     "gptq_vs_llmcompressor": "gptq: ",
-    "awq_vs_llmcompressor": "",
+    "awq_vs_llmcompressor": "awq: ",
     "hqq_vs_hqq": "hqq ",
     "pruning_vs_llmcompressor": "",
     "gguf_llama_cpp": "GGUF in llama.cpp: ",
