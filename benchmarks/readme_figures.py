@@ -219,15 +219,15 @@ POINT = f"""<path d="M{{x:.1f}} {{y:.1f}}L{LABELS - 6} {{line:.1f}}" stroke="{{c
 <text x="{LABELS}" y="{{line:.1f}}" dominant-baseline="middle" fill="{{color}}">{{name}}: {{words}}</text>"""
 
 
-def spaced(heights: list[float]) -> list[float]:
-    """Move labels, given from the top down, apart to ``SPACING``, above the foot of the picture."""
+def spaced(heights: list[float], spacing: float = SPACING, foot: float = BOTTOM) -> list[float]:
+    """Move labels, given from the top down, apart to ``spacing``, above ``foot``."""
     lines: list[float] = []
     for y in heights:
-        lines.append(max(y, lines[-1] + SPACING) if lines else y)
-    low = float(BOTTOM)
+        lines.append(max(y, lines[-1] + spacing) if lines else y)
+    low = float(foot)
     for i in reversed(range(len(lines))):
         lines[i] = min(lines[i], low)
-        low = lines[i] - SPACING
+        low = lines[i] - spacing
     return lines
 
 
