@@ -144,8 +144,9 @@ def test_only_a_finished_result_is_exported(result, tmp_path):
 
 def test_a_result_in_which_nothing_is_quantized_is_dense_already(tmp_path):
     folder, _, _ = finished(tmp_path, "tied", ["magnitude"])
-    with pytest.raises(ExportError, match="run is dense already: nothing in it is quantized"):
-        export(folder, "dense", tmp_path / "out")
+    for name in ("dense", "gptq", "awq", "bitsandbytes"):
+        with pytest.raises(ExportError, match="run is dense already: nothing in it is quantized"):
+            export(folder, name, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     (folder / "manifest.json").unlink()
     with pytest.raises(FrugalError, match="not compressed"):
