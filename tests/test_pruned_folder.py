@@ -64,6 +64,7 @@ def test_a_pruned_folder_is_a_plain_one_with_zeros(sources, tmp_path):
     assert "verified: loaded by plain transformers" in card
     assert '"compressed-tensors"' not in card.split("---")[1]
     assert "vllm serve" in report.how_to_load["vLLM"]
+    assert f"frugal export {job.out} --to gguf:BF16" in report.how_to_load["llama.cpp"]
 
 
 @pytest.mark.parametrize("steps", [("magnitude", "gptq:bits=4"), ("magnitude", "rtn:bits=3", "embedding")])

@@ -15,7 +15,9 @@ from frugallm.evaluate.machine import machine, versions
 from frugallm.evaluate.report import JobFacts, LayerError, ModelFacts, Report
 from frugallm.evaluate.speed import Rate
 from frugallm.formats import shards
-from frugallm.formats.engines import engines_for, loads_in_transformers
+from frugallm.formats.engines import engines_for, loads_in_transformers, schemes
+from frugallm.formats.gguf_families import FAMILIES
+from frugallm.formats.gguf_transcode import type_for
 from frugallm.job import Job, Workplace, layer_facts
 from frugallm.measure import PROMPT, Measured
 from frugallm.models.linears import name_here
@@ -144,6 +146,11 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
             f"(relative squared error {measured.verification['float32_error']:.1e} in float32; "
             f"KL {measured.verification['default_kl']:.1e} nats/token as loaded by default)"
         )
+    if measured.outside_after.get("speed") and job.plan.quantizes:
+        notes.append(
+            "speed and memory are those of plain transformers, which unpacks the weights; what an engine with kernels "
+            "for few bits gains is not measured here"
+        )
     if resumed:
         notes.append("resumed: seconds and memory are those of the last part of the run")
     all_layers = layer_facts(job, place)
@@ -192,6 +199,9 @@ def how_to_load(job: Job, out: Path) -> dict[str, str]:
     if vllm:
         devices = ", ".join(f"{r.device} ({r.version}, {r.seen})" for r in vllm)
         answers["vLLM"] = f"vllm serve {out}\n# {devices}"
+    if job.checkpoint.config.model_type in FAMILIES:
+        kind, file = type_for(max(schemes(job.plan)[0])), out.with_name(f"{out.name}.gguf")
+        answers["llama.cpp"] = f"frugal export {out} --to gguf:{kind} --out {file}\nllama-cli -m {file}"
     for row in rows:
         if row.seen == "no" and row.engine not in answers:
             answers[row.engine] = f"# not this folder: {row.note}"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from frugallm.compress.quantize.grids import round_to_nearest
-from frugallm.formats.gguf_transcode import transcode
+from frugallm.formats.gguf_transcode import transcode, type_for
 from frugallm.formats.gguf_types import block_size, decode
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 
@@ -92,3 +92,10 @@ def test_float32_scales_are_rounded_but_codes_stay():
     assert torch.equal(torch.from_numpy(blocks.copy()), q.codes)
     assert not torch.equal(decode(rows, "Q8_0"), q.dequantize())
     torch.testing.assert_close(decode(rows, "Q8_0"), q.dequantize(), rtol=2**-11, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind"), [(2, "Q4_0"), (4, "Q4_0"), (5, "Q5_0"), (6, "Q8_0"), (8, "Q8_0"), (16, "BF16")]
+)
+def test_the_type_for_so_many_bits(bits, kind):
+    assert type_for(bits) == kind

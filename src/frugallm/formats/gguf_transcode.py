@@ -14,6 +14,11 @@ SIGNED = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
 WITH_MINIMUM = {"Q4_1": 4, "Q5_1": 5}
 
 
+def type_for(bits: int) -> str:
+    """Return the smallest of the plain types that holds the codes of symmetric weights of so many bits, or 16 of a float."""
+    return "BF16" if bits == 16 else next(kind for kind, most in SIGNED.items() if bits <= most)
+
+
 def transcode(q: QuantizedTensor, kind: str) -> np.ndarray | None:
     """Return rows of type ``kind`` ``(rows, bytes)`` uint8 with the codes of ``q``, or ``None`` where they do not fit.
 
