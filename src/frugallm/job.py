@@ -83,9 +83,9 @@ class Job:
 
 def needs_text(plan: Plan) -> bool:
     """Whether any step of the plan reads calibration text."""
-    steps = [*(p.solver for p in plan.linears.values()), *(p.pruner for p in plan.pruned.values())]
-    static = any(p.scheme.static_inputs for p in plan.linears.values())
-    return static or any(s.rewrite_needs for s in plan.rewrites) or any(step.solve_needs for step in steps)
+    names = {*plan.linears, *plan.pruned}
+    works = [work for name in names if (work := plan.work(name)) is not None]
+    return any(s.rewrite_needs for s in plan.rewrites) or any(w.needs or w.input_needs for w in works)
 
 
 class Workplace:
@@ -268,7 +268,7 @@ def compress(job: Job, place: Workplace, progress: Progress) -> None:
         if index not in todo:
             if walk.hidden is not None:
                 progress.event("stage", text=f"through block {index + 1} as stored")
-                walk.replay(index, stored.block_state(index), stored.input_scale)
+                walk.replay(index, stored.block_state(index), stored.input_parameters)
             continue
         # Nothing of a block may outlive its turn: a name for it here would hold two blocks in memory.
         _write_block(job, place, part, walk.solve(index))
@@ -316,8 +316,8 @@ def _write_block(job: Job, place: Workplace, part: str, done: SolvedBlock) -> No
         full = done.block.full_name(path)
         if leaf == "weight" and path in done.linears:
             scheme = job.plan.linears[full].scheme
-            q, scale = done.linears[path], done.input_scales.get(path)
-            tensors.update(compressed_tensors.encode_linear(full, q, scheme, scale))
+            q, inputs = done.linears[path], done.inputs.get(path)
+            tensors.update(compressed_tensors.encode_linear(full, q, scheme, inputs))
         else:
             stays = f"{full}.{leaf}"
             turn = turned(job.checkpoint.family, stays, tensor.shape)

@@ -14,8 +14,8 @@ from frugallm.conformance.trial import carry_out, job_for, random_model, windows
 from frugallm.errors import RecipeError
 from frugallm.formats.engines import engines_for, loads_in_transformers
 from frugallm.formats.quantized_tensor import ActivationScheme
+from frugallm.formats.rounded_inputs import round_activations
 from frugallm.models.in_memory import InMemory
-from frugallm.walk.walk import round_activations
 
 METHOD = LLMInt8()
 
@@ -52,7 +52,7 @@ def inputs(seed, shape, outliers):
 def test_products_are_those_of_bitsandbytes(seed, shape, outliers):
     x, weight = inputs(seed, shape, outliers), random_weight(7, 24, seed)
     q = stored(weight)
-    ours = round_activations(x, METHOD.activations("x"), None).double() @ q.dequantize().double().T
+    ours = round_activations(x, METHOD.activations("x"), {}).double() @ q.dequantize().double().T
     theirs = bitsandbytes(x, weight, 6.0)
     assert (ours.reshape(-1, 7) - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
@@ -65,7 +65,7 @@ def test_the_codes_of_weights_reach_127_on_either_side_and_no_further():
 
 def test_without_outliers_every_channel_is_rounded_per_token():
     x = inputs(1, (6, 32), 3)
-    far = round_activations(x, ActivationScheme(outliers=1e9), None)
+    far = round_activations(x, ActivationScheme(outliers=1e9), {})
     scale = x.abs().amax(1, keepdim=True) / 127
     torch.testing.assert_close(far, torch.round(x / scale) * scale)
     assert not torch.equal(far, x)
@@ -74,20 +74,20 @@ def test_without_outliers_every_channel_is_rounded_per_token():
 
 def test_where_everything_is_an_outlier_nothing_is_rounded():
     x = inputs(2, (6, 32), 3)
-    assert torch.equal(round_activations(x, ActivationScheme(outliers=1e-9), None), x)
+    assert torch.equal(round_activations(x, ActivationScheme(outliers=1e-9), {}), x)
 
 
 def test_an_outlier_in_one_token_keeps_the_channel_of_all_and_leaves_their_scales():
     x = inputs(3, (4, 16), 0).clamp(-3, 3)
     x[2, 5] = 50.0
     x[1, 5] = 5.0  # below the threshold: kept, but it sets its token's scale
-    rounded = round_activations(x, ActivationScheme(outliers=6.0), None)
+    rounded = round_activations(x, ActivationScheme(outliers=6.0), {})
     assert torch.equal(rounded[:, 5], x[:, 5])
     scale = x[1].abs().max() / 127
     assert scale == 5 / 127
     others = [c for c in range(16) if c != 5]
     torch.testing.assert_close(rounded[1, others], torch.round(x[1, others] / scale) * scale)
-    plain = round_activations(x, ActivationScheme(outliers=1e9), None)
+    plain = round_activations(x, ActivationScheme(outliers=1e9), {})
     assert (rounded - x)[2].abs().max() < 0.2 * (plain - x)[2].abs().max()
 
 

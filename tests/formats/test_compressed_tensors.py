@@ -69,9 +69,9 @@ def test_plain_containers_lose_nothing(q, dynamic):
         (LinearScheme(weights=q.scheme, activations=ActivationScheme(dynamic=dynamic)), False),
         (LinearScheme(weights=q.scheme), True),
     ):
-        scale = torch.tensor([0.5]) if scheme.activations is not None and not dynamic else None
-        stored = encode_linear("x", q, scheme, scale, table=table)
-        assert ("x.input_scale" in stored) == (scale is not None)
+        inputs = {"input_scale": torch.tensor([0.5])} if scheme.static_inputs else {}
+        stored = encode_linear("x", q, scheme, inputs, table=table)
+        assert ("x.input_scale" in stored) == scheme.static_inputs
         assert stored["x.weight"].dtype is torch.int8
         assert_same(decode_linear("x", stored, scheme, table=table), q)
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from frugallm.conformance.trial import KINDS, carry_out, job_for, random_model, windows
+from frugallm.formats.rounded_inputs import round_activations
 from frugallm.formats.stored import model_in_memory
 from frugallm.models.in_memory import InMemory
 from frugallm.recipe import Recipe
-from frugallm.walk.walk import round_activations
 
 STEPS = ["smoothquant:token=[*.o_proj]", "gptq:bits=3,only=[*.mlp.*]", "embedding"]
 
@@ -33,7 +33,7 @@ def test_an_input_scale_is_there_where_inputs_are_static(done):
     stored = done.place.stored(done.job)
     for path, plan in done.job.plan.linears.items():
         static = plan.scheme.activations is not None and not plan.scheme.activations.dynamic
-        assert (stored.input_scale(path) is not None) == static
+        assert ("input_scale" in stored.input_parameters(path)) == static
 
 
 def test_the_model_in_memory_rounds_its_inputs(done):
@@ -48,7 +48,7 @@ def test_the_model_in_memory_rounds_its_inputs(done):
     with torch.no_grad():
         model(done.job.windows)
     scheme = done.job.plan.linears[path].scheme.activations
-    assert torch.equal(round_activations(seen["in"], scheme, stored.input_scale(path)), seen["in"])
+    assert torch.equal(round_activations(seen["in"], scheme, stored.input_parameters(path)), seen["in"])
     assert len(seen["in"].unique()) <= 256
 
 

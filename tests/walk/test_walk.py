@@ -5,6 +5,7 @@ import torch
 
 from frugallm.compress.plan import Plan
 from frugallm.conformance.trial import KINDS, carry_out, job_for, random_model, windows
+from frugallm.formats.rounded_inputs import round_activations, static_scale
 from frugallm.formats.stored import model_in_memory
 from frugallm.formats.verify import relative_error
 from frugallm.models.in_memory import InMemory
@@ -13,7 +14,7 @@ from frugallm.recipe import Recipe
 from frugallm.walk import hidden
 from frugallm.walk.hidden import HiddenStates
 from frugallm.walk.statistics import AbsMax, AbsMean, Gather, MeanSquare, SecondMoment
-from frugallm.walk.walk import Walk, round_activations, static_scale
+from frugallm.walk.walk import Walk
 
 NOTHING = Plan(rewrites=(), linears={}, tables={}, left_alone=())
 
@@ -202,7 +203,7 @@ def test_rounding_of_activations_is_that_of_compressed_tensors():
     x[0, 0] = 0
     token = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True)
     scale, zero = compute_dynamic_scales_and_zp(x, token, torch.nn.Linear(16, 1))
-    ours = round_activations(x, ActivationScheme(dynamic=True), None)
+    ours = round_activations(x, ActivationScheme(dynamic=True), {})
     torch.testing.assert_close(ours, fake_quantize(x, scale, zero, token))
     scheme = ActivationScheme(dynamic=False)
     fixed = static_scale(
@@ -210,7 +211,7 @@ def test_rounding_of_activations_is_that_of_compressed_tensors():
     )  # half of the inputs are beyond the range
     tensor = QuantizationArgs(num_bits=8, symmetric=True, strategy="tensor")
     torch.testing.assert_close(
-        round_activations(x, scheme, fixed), fake_quantize(x, fixed, torch.zeros(1), tensor)
+        round_activations(x, scheme, {"input_scale": fixed}), fake_quantize(x, fixed, torch.zeros(1), tensor)
     )
     assert static_scale(torch.zeros(4), scheme) > 0
 

@@ -1,6 +1,6 @@
 """The contract of post-training compression: what a method of this family writes, and what the walk does for it.
 
-A :class:`BlockMethod` works on decoder blocks. It may have three verbs and writes the one that its paper is about:
+A :class:`BlockMethod` works on decoder blocks. It may have these verbs and writes the one that its paper is about:
 
 ``rewrite(block, statistics)``
     Change the block without changing its function. Statistics are those of the block as it is before.
@@ -8,8 +8,10 @@ A :class:`BlockMethod` works on decoder blocks. It may have three verbs and writ
     Set entries of one weight ``(out, in)`` to zero. The result is stored dense, or rounded by a later step.
 ``solve(weight, scheme, statistics)``
     Choose the stored values of one weight ``(out, in)`` on a grid.
+``repair(weight, stored, statistics)``
+    Store something beside the codes of a weight that this step or an earlier one has rounded.
 
-The walk prunes and solves site by site in the order of computation, with statistics of inputs that have passed through
+The walk prunes, solves and repairs site by site in the order of computation, with statistics of inputs that have passed through
 everything stored so far. Where rows are independent of each other (``by_rows``), linears that share an input are one
 weight. Where an earlier step has pruned the weight, ``solve`` finds ``pruned``, bool ``(out, in)``, among its statistics:
 these entries are zero and stay zero. A solver that moves weights away from their nearest value must read it, and so must
@@ -32,6 +34,7 @@ from torch import Tensor
 from frugallm.compress.prune.unstructured.masks import Pattern, Sparsity, pattern_share
 from frugallm.errors import ParameterError
 from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor, WeightScheme
+from frugallm.formats.rounded_inputs import static_scale
 from frugallm.method import Method
 
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ class BlockMethod(Method):
     """A method that works on one decoder block at a time."""
 
     rewrite_needs: ClassVar[frozenset[str]] = frozenset()
+    #: Kinds of extras that ``repair`` adds, in order.
+    adds: ClassVar[tuple[str, ...]] = ()
     solve_needs: ClassVar[frozenset[str]] = frozenset()
     #: "step": the recipe's answer for its linears; "default": used where no later step solves them; "no": never.
     solves: ClassVar[Literal["step", "default", "no"]] = "no"
@@ -74,6 +79,16 @@ class BlockMethod(Method):
         return type(self).prune is not BlockMethod.prune
 
     @property
+    def repairs(self) -> bool:
+        """Whether this method has a ``repair`` verb."""
+        return type(self).repair is not BlockMethod.repair
+
+    @property
+    def repair_needs(self) -> frozenset[str]:
+        """Names of the statistics that ``repair`` reads with the parameters that the step has."""
+        return frozenset()
+
+    @property
     def rounds(self) -> bool:
         """Whether this step, with the parameters that it has, puts weights on a grid."""
         return self.solves != "no"
@@ -90,6 +105,19 @@ class BlockMethod(Method):
         """Return how the input of the linear of that name is to be rounded at run time, if at all."""
         return None
 
+    def input_needs(self, scheme: ActivationScheme) -> frozenset[str]:
+        """Return the names of the statistics that :meth:`input_parameters` reads."""
+        return frozenset() if scheme.dynamic else frozenset({"absmax"})
+
+    def input_parameters(
+        self, scheme: ActivationScheme, statistics: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return what is stored about inputs that are rounded as :meth:`activations` says, by leaf.
+
+        ``solve`` of the same linear finds these tensors among its statistics.
+        """
+        return {} if scheme.dynamic else {"input_scale": static_scale(statistics["absmax"], scheme)}
+
     def rewrite(self, block: Block, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Change ``block`` without changing its function; ``statistics`` by site name."""
         raise NotImplementedError
@@ -102,6 +130,12 @@ class BlockMethod(Method):
         self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]
     ) -> QuantizedTensor:
         """Return the stored form of ``weight`` ``(out, in)`` float32."""
+        raise NotImplementedError
+
+    def repair(
+        self, weight: Tensor, stored: QuantizedTensor, statistics: Mapping[str, Tensor]
+    ) -> QuantizedTensor:
+        """Return ``stored`` with extras of the kinds in ``adds``, closer to ``weight`` ``(out, in)`` float32."""
         raise NotImplementedError
 
 

@@ -29,10 +29,22 @@ PRUNED_IS_DENSE = (
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How one linear will be stored, and which step chooses its values."""
+    """How one linear will be stored, and which steps choose its values.
+
+    Attributes
+    ----------
+    solver
+        Chooses the codes.
+    repairs
+        Store something beside them, one after the other.
+    rounder
+        Says what is stored about rounded inputs, if inputs are rounded.
+    """
 
     scheme: LinearScheme
     solver: BlockMethod
+    repairs: tuple[BlockMethod, ...] = ()
+    rounder: BlockMethod | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,21 @@ class Work:
     @property
     def needs(self) -> frozenset[str]:
         """Names of the statistics that the steps read."""
-        return frozenset().union(*(step.solve_needs for step in self.steps))
+        needs = frozenset().union(*(step.solve_needs for step in self.steps))
+        return needs.union(*(step.repair_needs for step in self.repairs))
+
+    @property
+    def input_needs(self) -> frozenset[str]:
+        """Names of the statistics that decide how inputs are rounded."""
+        plan = self.rounded
+        if plan is None or plan.rounder is None or plan.scheme.activations is None:
+            return frozenset()
+        return plan.rounder.input_needs(plan.scheme.activations)
+
+    @property
+    def repairs(self) -> tuple[BlockMethod, ...]:
+        """The steps that store something beside the codes."""
+        return () if self.rounded is None else self.rounded.repairs
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -74,6 +100,15 @@ class Work:
         """Return a short name such as ``W4 g64 symmetric, 50 % zeros``."""
         parts = ["dense" if self.rounded is None else self.rounded.scheme.label()]
         return ", ".join(parts + ([] if self.pruned is None else [self.pruned.zeros.label()]))
+
+    def repaired(
+        self, weight: Tensor, form: QuantizedTensor | Tensor, statistics: Mapping[str, Tensor]
+    ) -> QuantizedTensor | Tensor:
+        """Return the form of the one linear ``weight`` ``(out, in)`` with all that is stored beside its codes."""
+        for step in self.repairs:
+            assert isinstance(form, QuantizedTensor)
+            form = step.repair(weight, form, statistics)
+        return form
 
     def form(self, weight: Tensor, statistics: Mapping[str, Tensor]) -> QuantizedTensor | Tensor:
         """Return what will be stored for ``weight`` ``(out, in)`` float32; a tensor is stored dense."""
@@ -206,7 +241,7 @@ def _check_order(blocks: list[BlockMethod], names: list[str]) -> None:
 
 def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tuple[str, str] | None:
     """Return why ``step`` cannot come after ``earlier`` and the mend; ``shared`` is a linear of both, if there is one."""
-    rounds, rounded = (s.rounds and s.solves == "step" for s in (step, earlier))
+    rounds, rounded = step.rounds, earlier.rounds and earlier.solves == "step"
     keep_one = "Keep one, or give them different linears with only and skip"
     swap = f"Put {step.name()} before {earlier.name()}"
     if step.rewrites and earlier.rewrites and shared:
@@ -215,8 +250,12 @@ def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tu
         return "a smoothing step after rounding would scale rounded weights", swap
     if step.rewrites and earlier.prunes:
         return "a smoothing step after pruning would change what the zeros were chosen by", swap
-    if shared and rounds and rounded:
+    if shared and rounds and rounded and step.solves == "step":
         return f"{shared} would be rounded twice", keep_one
+    if shared and rounds and earlier.repairs and step.solves == "step":
+        return f"what {earlier.name()} adds makes up for the rounding of {shared}, which is done later", swap
+    if shared and step.repairs and earlier.prunes:
+        return f"what it adds would fill the zeros of {shared}", keep_one
     if shared and step.prunes and earlier.prunes:
         return f"{shared} would be pruned twice", keep_one
     if shared and step.prunes and rounded:
@@ -229,15 +268,18 @@ def _plan_linears(
 ) -> dict[str, LinearPlan]:
     solver: dict[str, BlockMethod] = {}
     activations: dict[str, ActivationScheme] = {}
+    rounders: dict[str, BlockMethod] = {}
+    repairs: dict[str, tuple[BlockMethod, ...]] = {}
     for step in blocks:
         for name in filter(step.touches, names):
-            if step.rounds:
-                solver[name] = (
-                    step  # a later "step" replaces an earlier "default"; _check_order saw to the rest
-                )
+            # A "step" replaces a "default", before or after it; _check_order saw to the rest.
+            if step.rounds and (step.solves == "step" or name not in solver):
+                solver[name] = step
+            if step.repairs:
+                repairs[name] = (*repairs.get(name, ()), step)
             rounded = step.activations(name)
             if rounded is not None:
-                activations[name] = rounded
+                activations[name], rounders[name] = rounded, step
     schemes: dict[int, WeightScheme] = {}
     for step in blocks:
         mine = {n: widths[n] for n in names if solver.get(n) is step}
@@ -247,7 +289,12 @@ def _plan_linears(
         schemes[id(step)] = scheme
         _note_group_size(step, scheme, mine, notes)
     return {
-        name: LinearPlan(_linear_scheme(schemes[id(s)], activations.get(name)), s)
+        name: LinearPlan(
+            _linear_scheme(schemes[id(s)], activations.get(name), repairs.get(name, ())),
+            s,
+            repairs.get(name, ()),
+            rounders.get(name),
+        )
         for name in names
         if (s := solver.get(name)) is not None and id(s) in schemes
     }
@@ -267,8 +314,13 @@ def _plan_pruned(
     return {name: found[name] for name in names if name in found}
 
 
-def _linear_scheme(weights: WeightScheme, activations: ActivationScheme | None) -> LinearScheme:
+def _linear_scheme(
+    weights: WeightScheme, activations: ActivationScheme | None, repairs: Iterable[BlockMethod]
+) -> LinearScheme:
     """Join both halves; integer engines multiply by the scales of W8A8 in float32, so they are stored so."""
+    added = tuple(kind for step in repairs for kind in step.adds)
+    if added:
+        weights = weights.model_copy(update={"extras": (*weights.extras, *added)})
     if activations is not None and weights.bits == 8:
         weights = weights.model_copy(update={"scale_dtype": "float32"})
     return LinearScheme(weights=weights, activations=activations)

@@ -22,6 +22,7 @@ from frugallm.conformance.trial import BLOCKS, KINDS, Run, Trial, carry_out, job
 from frugallm.errors import FrugalError
 from frugallm.formats.compressed_tensors import container
 from frugallm.formats.engines import loads_in_transformers
+from frugallm.formats.extras import LEAVES
 from frugallm.job import Workplace, compress, layer_facts, needs_text
 from frugallm.method import Method
 from frugallm.models.in_memory import InMemory
@@ -75,6 +76,8 @@ def checks(method: type[Method]) -> list[Check]:
             found.append(a_solver_treats_rows_alike)
         if "second_moment" in method.solve_needs:
             found.append(a_solver_is_no_worse_than_nearest)
+    if method.repair is not BlockMethod.repair:
+        found += [a_repair_comes_closer, a_repair_makes_up_for_any_rounding]
     if method.prune is not BlockMethod.prune:
         found += [a_pruner_zeroes_what_it_says, zeros_are_in_the_folder, zeros_stay_when_a_later_step_rounds]
         if method.by_rows:
@@ -134,14 +137,19 @@ def errors_are_finite_and_small_at_8_bits(trial: Trial) -> None:
 
 
 def claimed_bytes(run: Run) -> int:
-    """Return the bytes that the schemes of a run claim for all of its tensors."""
+    """Return the bytes that the schemes of a run claim for all of its tensors; extras claim what they take."""
     plan, checkpoint, total = run.job.plan, run.job.checkpoint, 0
+    beside: dict[str, dict[str, int]] = {}
+    for name, tensor in run.tensors().items():
+        path, _, leaf = name.rpartition(".")
+        beside.setdefault(path, {})[leaf] = tensor.nbytes
     for name in checkpoint.names():
         path, shape = name.removesuffix(".weight"), checkpoint.shape(name)
         if path != name and path in plan.linears:
             scheme = plan.linears[path].scheme
             packed = container(scheme) == "pack-quantized"
             total += parts.container_bytes(scheme, *shape, packed=packed)
+            total += sum(size for leaf, size in beside.get(path, {}).items() if leaf in LEAVES)
         else:
             total += math.prod(shape) * run.job.stored.itemsize
     return total
@@ -285,6 +293,28 @@ def a_solver_is_no_worse_than_nearest(trial: Trial) -> None:
 def a_solver_keeps_the_zeros_of_an_earlier_step(trial: Trial) -> None:
     """What a step before has pruned stays pruned."""
     _on_every_grid(trial, parts.solver_keeps_zeros)
+
+
+def a_repair_comes_closer(trial: Trial) -> None:
+    """With what is stored beside the codes a weight, or its output, is closer to what it was."""
+    for name, value in [("", None), *variants(trial.method)]:
+        step = _step(trial, **({name: value} if name else {}))
+        try:
+            parts.repair_comes_closer(step, WIDTH)
+        except CheckFailed as error:
+            raise CheckFailed(f"{name}={value!r}: {error}" if name else str(error)) from error
+
+
+def a_repair_makes_up_for_any_rounding(trial: Trial) -> None:
+    """After another step that rounds, the same is stored beside its codes."""
+    steps = [parts.Nearest(bits=3), trial.method()]
+    run = carry_out(job_for(InMemory(random_model("tied")), steps, windows("tied")), trial.out())
+    for name, plan in run.job.plan.linears.items():
+        ensure(plan.solver is steps[0], f"{name} is rounded by {plan.solver.name()}, not by the step before")
+        ensure(plan.scheme.weights.extras == _step(trial).adds, f"{name} is {plan.scheme.label()}")
+    claimed, found = claimed_bytes(run), file_bytes(run)
+    ensure(claimed == found, f"{found} bytes on disk, the scheme says {claimed}")
+    reads_back_finite(run, windows("tied"))
 
 
 def a_pruner_zeroes_what_it_says(trial: Trial) -> None:

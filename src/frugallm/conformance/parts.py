@@ -106,6 +106,22 @@ def solver_keeps_zeros(solve: Solve, scheme: WeightScheme, width: int, needs: fr
     ensure(torch.equal(q.with_zeros(pruned).codes, q.codes), "the codes of zero are not those of the grid")
 
 
+def repair_comes_closer(step: BlockMethod, width: int) -> None:
+    """Extras are of the kinds announced, codes stay, and the error falls: of the output if its inputs are known."""
+    scheme = WeightScheme(bits=3, extras=step.adds)
+    weight, statistics = example(ROWS[-1], width, step.repair_needs)
+    stored = round_to_nearest(weight, scheme)
+    repaired = step.repair(weight, stored, statistics)
+    kinds = tuple(extra.kind for extra in repaired.extras)
+    ensure(kinds == step.adds, f"it announces {step.adds} and adds {kinds}")
+    ensure(torch.equal(repaired.codes, stored.codes), "it changes codes")
+    h = statistics.get("second_moment", torch.eye(width))
+    before, after = (proxy_loss(weight, one.dequantize(), h) for one in (stored, repaired))
+    ensure(after < before, f"the squared error is {after:.4g}, without it {before:.4g}")
+    part = repaired.rows(3, 9).dequantize()
+    ensure(torch.allclose(part, repaired.dequantize()[3:9], atol=1e-5), "its rows are not rows of it")
+
+
 def pruner_zeroes_what_it_says(
     prune: Prune, sparsity: Sparsity, width: int, needs: frozenset[str], *, by_rows: bool
 ) -> None:
@@ -189,7 +205,7 @@ def rewritten_blocks(step: BlockMethod, walk: Walk) -> Iterator[tuple[int, dict[
         step.rewrite(block, walk.observe(block, step.rewrite_needs))
         state = {name: tensor.clone() for name, tensor in block.state.items()}
         yield index, state
-        walk.replay(index, state, lambda _: None)
+        walk.replay(index, state, lambda _: {})
 
 
 def rewrite_keeps_the_logits(

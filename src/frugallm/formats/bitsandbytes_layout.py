@@ -125,11 +125,11 @@ class BitsAndBytesFolder(PackedFolder):
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Round inputs of linears in 8 bits as LLM.int8() does; a threshold of 0 leaves no channel out."""
-        from frugallm.formats.stored import round_inputs
+        from frugallm.formats.rounded_inputs import round_inputs
 
         scheme = ActivationScheme(bits=8, outliers=self._threshold or math.inf)
         for path in self.packed if self._eight else []:
-            round_inputs(model.get_submodule(path), scheme, None)
+            round_inputs(model.get_submodule(path), scheme, {})
 
     def packed_shape(self, parts: Parts) -> tuple[int, int]:  # noqa: D102
         if self._eight:

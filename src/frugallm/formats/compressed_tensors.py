@@ -13,9 +13,10 @@ naive-         embedding and head in    ``weight`` int8 ``(vocabulary, width)``,
 quantized      8 bits                   its own name and shares the weight
 ============== ======================== ===================================================================================
 
-Two keys are our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded,
-and ``zero_dtype`` in ``weights``, where ``weight_zero_point`` is float16 ``(out, groups)`` and not packed. Readers of the
-format refuse keys that they do not know, so none of them computes something else instead.
+Some keys are our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded;
+``zero_dtype`` in ``weights``, where ``weight_zero_point`` is float16 ``(out, groups)`` and not packed; and ``extras`` in
+``weights``, kinds of what is stored beside the codes (:mod:`frugallm.formats.extras`). Readers of the format refuse keys
+that they do not know, so none of them computes something else instead.
 
 Codes are stored unsigned, ``code + 2^(b-1)``, as a little-endian bit stream along each row. Packing is left to the
 ``compressed-tensors`` package, so that what is written is what it reads.
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from frugallm.compress.plan import Plan
+from frugallm.formats.extras import KINDS
 from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.models.family import Family
 
@@ -51,11 +53,11 @@ def encode_linear(
     path: str,
     q: QuantizedTensor,
     scheme: LinearScheme,
-    input_scale: Tensor | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
     *,
     table: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the tensors, by full name, that store linear ``path``."""
+    """Return the tensors, by full name, that store linear ``path``; ``inputs`` are those of its rounded inputs, by leaf."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     out: dict[str, Tensor] = {f"{path}.weight_scale": q.scale.contiguous()}
@@ -70,8 +72,9 @@ def encode_linear(
         out[f"{path}.weight"] = q.codes.contiguous()
         if q.zero is not None:
             out[f"{path}.weight_zero_point"] = q.zero.contiguous()
-    if input_scale is not None:
-        out[f"{path}.input_scale"] = input_scale
+    for extra in q.extras:
+        out.update({f"{path}.{leaf}": tensor.contiguous() for leaf, tensor in extra.tensors().items()})
+    out.update({f"{path}.{leaf}": tensor.contiguous() for leaf, tensor in (inputs or {}).items()})
     return out
 
 
@@ -79,6 +82,18 @@ def decode_linear(
     path: str, tensors: Mapping[str, Tensor], scheme: LinearScheme, *, table: bool = False
 ) -> QuantizedTensor:
     """Read back what :func:`encode_linear` wrote."""
+    q = _decode_codes(path, tensors, scheme, table=table)
+    for kind in scheme.weights.extras:
+        leaves = {
+            leaf: tensors[f"{path}.{leaf}"] for leaf in KINDS[kind].leaves if f"{path}.{leaf}" in tensors
+        }
+        q = q.plus(KINDS[kind].from_tensors(leaves))
+    return q
+
+
+def _decode_codes(
+    path: str, tensors: Mapping[str, Tensor], scheme: LinearScheme, *, table: bool
+) -> QuantizedTensor:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
     scale = tensors[f"{path}.weight_scale"]
@@ -109,6 +124,8 @@ def _weight_arguments(scheme: WeightScheme) -> dict[str, Any]:
     if scheme.zero_dtype != "int8":
         # Not in the format, as "outliers" below.
         arguments["zero_dtype"] = scheme.zero_dtype
+    if scheme.extras:
+        arguments["extras"] = list(scheme.extras)
     return arguments
 
 

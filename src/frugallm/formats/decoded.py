@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor
 
 from frugallm.errors import ModelError
-from frugallm.formats import compressed_tensors
+from frugallm.formats import compressed_tensors, extras, rounded_inputs
 from frugallm.formats.packed_folder import PackedFolder, Parts
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.models.safetensors_folder import read_config
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 #: Tensors that stand in the place of a weight, by the end of their names.
-PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "input_scale")
+PARTS = (
+    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    *extras.LEAVES,
+    *rounded_inputs.LEAVES,
+)
 
 
 def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
@@ -38,6 +42,7 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
             symmetric=weights["symmetric"],
             group_size=weights["group_size"],
             zero_dtype=weights.get("zero_dtype", "int8"),
+            extras=tuple(weights.get("extras", ())),
         ),
         activations=activations,
     )
@@ -69,14 +74,14 @@ class Decoded(PackedFolder):
     def only_read_here(cls, folder: Path) -> bool:
         """Whether plain ``transformers`` does not load it (``engines.yaml``).
 
-        Those are zero points, an embedding in packed codes, and inputs with outlier channels.
+        Those are zero points, an embedding in packed codes, and whatever has a key of our own.
         """
         groups = read_config(folder)["quantization_config"].get("config_groups", {}).values()
         packed_table = any(
             g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
         )
-        outliers = any("outliers" in (g["input_activations"] or {}) for g in groups)
-        return packed_table or outliers or any(not g["weights"]["symmetric"] for g in groups)
+        own = any("outliers" in (g["input_activations"] or {}) or "extras" in g["weights"] for g in groups)
+        return packed_table or own or any(not g["weights"]["symmetric"] for g in groups)
 
     def summary(self) -> str:  # noqa: D102
         return f"compressed-tensors, {', '.join(sorted({scheme.label() for _, scheme in self._groups}))}"
@@ -93,9 +98,10 @@ class Decoded(PackedFolder):
             raise ModelError(f"{self.where(f'{path}.weight')}: config.json describes no scheme of {path}")
         return by_class[0]
 
-    def input_scale(self, path: str) -> Tensor | None:
-        """Return the static input scale ``(1,)`` of a linear, if it has one."""
-        return self.part(path, "input_scale")
+    def input_parameters(self, path: str) -> dict[str, Tensor]:
+        """Return the stored tensors of a linear's rounded inputs, by leaf."""
+        found = {leaf: self.part(path, leaf) for leaf in rounded_inputs.LEAVES}
+        return {leaf: tensor for leaf, tensor in found.items() if tensor is not None}
 
     @property
     def quantizes(self) -> bool:
@@ -109,12 +115,11 @@ class Decoded(PackedFolder):
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Round inputs of linears as the schemes say."""
-        from frugallm.formats.stored import round_inputs
-
         for path in self.packed:
             scheme = self.scheme(path)
             if scheme is not None and scheme.activations is not None:
-                round_inputs(model.get_submodule(path), scheme.activations, self.input_scale(path))
+                linear = model.get_submodule(path)
+                rounded_inputs.round_inputs(linear, scheme.activations, self.input_parameters(path))
 
     def packed_shape(self, parts: Parts) -> tuple[int, int]:  # noqa: D102
         if "weight_shape" not in parts:

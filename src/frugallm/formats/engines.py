@@ -14,7 +14,7 @@ from frugallm.compress.plan import Modules, Plan
 from frugallm.formats.quantized_tensor import ActivationScheme, WeightScheme
 
 Inputs = Literal["none", "token", "static", "outliers"]
-Grid = Literal["symmetric", "asymmetric", "float zero"]
+Grid = Literal["symmetric", "asymmetric", "float zero", "extras"]
 
 
 class Support(BaseModel):
@@ -66,6 +66,8 @@ def grids(plan: Plan) -> set[Grid]:
 
 
 def _grid(weights: WeightScheme) -> Grid:
+    if weights.extras:
+        return "extras"
     if weights.symmetric:
         return "symmetric"
     return "asymmetric" if weights.zero_dtype == "int8" else "float zero"

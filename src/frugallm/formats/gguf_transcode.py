@@ -32,7 +32,7 @@ def transcode(q: QuantizedTensor, kind: str) -> np.ndarray | None:
     """
     rows, width = q.codes.shape
     columns = width // q.scale.shape[1]
-    if columns % BLOCK or (q.zero is not None and q.zero.is_floating_point()):
+    if columns % BLOCK or q.extras or (q.zero is not None and q.zero.is_floating_point()):
         return None
     multiples = q.codes.to(torch.int16)
     if q.zero is not None:

@@ -13,6 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from frugallm.formats.extras import Extra
+
 
 class WeightScheme(BaseModel):
     """How the weights ``(out, in)`` of a linear are stored: integers, with one scale a row or a group of a row.
@@ -30,6 +32,8 @@ class WeightScheme(BaseModel):
     zero_dtype
         Type of the zero points of an asymmetric grid: ``int8``, values on the grid of the codes, which are packed as
         the codes are; or ``float16``, which lets the grid begin anywhere.
+    extras
+        Kinds of what is stored beside the codes (:mod:`frugallm.formats.extras`), in the order in which it is applied.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +43,7 @@ class WeightScheme(BaseModel):
     group_size: int | None = None
     scale_dtype: str = "bfloat16"
     zero_dtype: Literal["int8", "float16"] = "int8"
+    extras: tuple[str, ...] = ()
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -53,7 +58,8 @@ class WeightScheme(BaseModel):
         """Return a short name such as ``W4 g64 symmetric``."""
         group = f"g{self.group_size}" if self.group_size else "per row"
         kind = "symmetric" if self.symmetric else "asymmetric"
-        return f"W{self.bits} {group} {kind}{'' if self.zero_dtype == 'int8' else ', float zero'}"
+        zero = "" if self.zero_dtype == "int8" else ", float zero"
+        return f"W{self.bits} {group} {kind}{zero}{''.join(f' + {kind}' for kind in self.extras)}"
 
 
 class ActivationScheme(BaseModel):
@@ -110,21 +116,38 @@ class QuantizedTensor:
         ``(out, groups)`` in its stored type, or ``None`` when symmetric.
     scheme
         What the numbers mean.
+    extras
+        What is stored beside the codes, of the kinds that the scheme names.
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     scheme: WeightScheme
+    extras: tuple[Extra, ...] = ()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return ``scale * (codes - zero)``, ``(out, in)``: the only definition of what the stored values mean."""
+        """Return the weight ``(out, in)``: the only definition of what the stored values mean.
+
+        That is ``scale * (codes - zero)``, and then the extras one after the other.
+        """
+        weight = self.on_grid()
+        for extra in self.extras:
+            weight = extra.apply(weight)
+        return weight.to(dtype)
+
+    def on_grid(self) -> Tensor:
+        """Return ``scale * (codes - zero)``, ``(out, in)`` float32, without the extras."""
         rows, width = self.codes.shape
         groups = self.scale.shape[1]
         grouped = self.codes.view(rows, groups, width // groups).float()
         if self.zero is not None:
             grouped = grouped - self.zero.float()[..., None]
-        return (grouped * self.scale.float()[..., None]).view(rows, width).to(dtype)
+        return (grouped * self.scale.float()[..., None]).view(rows, width)
+
+    def plus(self, extra: Extra) -> QuantizedTensor:
+        """Return the same with one more extra, of the kind that the scheme names next."""
+        return replace(self, extras=(*self.extras, extra))
 
     def with_zeros(self, mask: Tensor) -> QuantizedTensor:
         """Return the same with the codes of zero where ``mask`` ``(out, in)`` is true; zero points must be whole."""
@@ -137,7 +160,11 @@ class QuantizedTensor:
         """Return rows ``start`` to ``stop`` as a tensor of their own."""
         zero = None if self.zero is None else self.zero[start:stop].clone()
         return replace(
-            self, codes=self.codes[start:stop].clone(), scale=self.scale[start:stop].clone(), zero=zero
+            self,
+            codes=self.codes[start:stop].clone(),
+            scale=self.scale[start:stop].clone(),
+            zero=zero,
+            extras=tuple(extra.rows(start, stop) for extra in self.extras),
         )
 
 

@@ -11,15 +11,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from frugallm.compress.plan import Plan
-from frugallm.formats import compressed_tensors
-from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme
+from frugallm.formats import compressed_tensors, rounded_inputs
+from frugallm.formats.quantized_tensor import LinearScheme
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.linears import turned
 from frugallm.models.open import dense_model
-from frugallm.walk.walk import round_activations
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 
@@ -65,11 +63,12 @@ class Stored(Checkpoint):
     def where(self, name: str) -> str:  # noqa: D102
         return str(self.part(name))
 
-    def input_scale(self, path: str) -> Tensor | None:
-        """Return the static input scale ``(1,)`` of a linear, if it has one."""
+    def input_parameters(self, path: str) -> dict[str, Tensor]:
+        """Return the stored tensors of a linear's rounded inputs, by leaf."""
         with safe_open(self.part(f"{path}.weight"), "pt") as file:
-            name = f"{path}.input_scale"
-            return file.get_tensor(name) if name in set(file.keys()) else None
+            names = set(file.keys())
+            leaves = [leaf for leaf in rounded_inputs.LEAVES if f"{path}.{leaf}" in names]
+            return {leaf: file.get_tensor(f"{path}.{leaf}") for leaf in leaves}
 
     def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
         path = name.removesuffix(".weight")
@@ -96,10 +95,5 @@ def model_in_memory(stored: Stored) -> PreTrainedModel:
     for path, plan in stored.plan.linears.items():
         scheme = plan.scheme.activations
         if scheme is not None:
-            round_inputs(model.get_submodule(path), scheme, stored.input_scale(path))
+            rounded_inputs.round_inputs(model.get_submodule(path), scheme, stored.input_parameters(path))
     return model
-
-
-def round_inputs(linear: nn.Module, scheme: ActivationScheme, scale: Tensor | None) -> None:
-    """Round the inputs of ``linear`` from now on; ``scale`` ``(1,)`` where it is static."""
-    linear.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0], scheme, scale),))

@@ -47,7 +47,7 @@ def channel_importance(
                 for path in site.linears:
                     found[f"{block.full_name(path)}.weight"] = statistics[site.name]["mean_square"]
             if index + 1 < len(walk):  # nobody reads what the last block gives
-                walk.replay(index, state, lambda _: None)
+                walk.replay(index, state, lambda _: {})
             if progress is not None:
                 progress.event("block", index=index + 1, of=len(walk))
     return found

@@ -23,7 +23,8 @@ from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.compress.quantize.solvers import proxy_loss
 from frugallm.errors import DataError
 from frugallm.evaluate.precision import products_in
-from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor
+from frugallm.formats.quantized_tensor import QuantizedTensor
+from frugallm.formats.rounded_inputs import round_inputs
 from frugallm.models.checkpoint import Checkpoint, meta_model
 from frugallm.models.family import Site, Sublayer, parallel
 from frugallm.walk.block import Block
@@ -33,39 +34,6 @@ from frugallm.walk.statistics import Gather, Statistics
 
 ROWS_PER_CHUNK = 8192
 ENTRIES_SOLVED_AT_ONCE = 2**26
-
-
-def round_activations(x: Tensor, scheme: ActivationScheme, scale: Tensor | None) -> Tensor:
-    """Round ``x (..., in)`` as engines do at run time: symmetric, one scale a tensor (given) or a token (from ``x``).
-
-    The scale of a token covers its largest magnitude with ``(2^b - 1) / 2`` codes, as in compressed-tensors; beside
-    outliers with ``2^(b-1) - 1``, as in bitsandbytes.
-    """
-    last = 2 ** (scheme.bits - 1) - 1
-    if scheme.outliers is not None:
-        return _round_beside_outliers(x, scheme.outliers, last)
-    if scale is None:
-        scale = x.float().abs().amax(-1, keepdim=True) / ((2**scheme.bits - 1) / 2)
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return ((x.float() / scale).round_().clamp_(-last - 1, last) * scale).to(x.dtype)
-
-
-def _round_beside_outliers(x: Tensor, threshold: float, last: int) -> Tensor:
-    """Round ``x (..., in)`` to ``last`` codes either side, one scale a token, except channels with an outlier.
-
-    As bitsandbytes does it: a channel is left as it is in all tokens of the call if any of them reaches ``threshold``
-    there; the scale of a token covers all of its values that do not, those in such channels included.
-    """
-    outlier = x.abs() >= threshold
-    left = outlier.flatten(0, -2).any(0)  # (in,)
-    scale = x.float().masked_fill(outlier, 0).abs().amax(-1, keepdim=True) / last
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return torch.where(left, x, ((x.float() / scale).round_() * scale).to(x.dtype))
-
-
-def static_scale(absmax: Tensor, scheme: ActivationScheme) -> Tensor:
-    """Return the one scale ``(1,)`` float32 of a static input with channel maxima ``absmax (in,)``."""
-    return (absmax.max().clamp(min=1e-8) / ((2**scheme.bits - 1) / 2)).reshape(1)
 
 
 def _at_once(paths: list[str], block: Block) -> Iterator[list[str]]:
@@ -91,11 +59,11 @@ def _naive(weight: Tensor, form: QuantizedTensor | Tensor, work: Work) -> Tensor
 
 @dataclass
 class SolvedBlock:
-    """What came out of one block: stored linears by path, their static input scales, and facts for the report."""
+    """What came out of one block: stored linears by path, tensors of their rounded inputs, and facts for the report."""
 
     block: Block
     linears: dict[str, QuantizedTensor] = field(default_factory=dict)
-    input_scales: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -193,16 +161,14 @@ class Walk:
         return done
 
     def replay(
-        self, index: int, state: dict[str, Tensor], input_scale: Callable[[str], Tensor | None]
+        self, index: int, state: dict[str, Tensor], input_parameters: Callable[[str], dict[str, Tensor]]
     ) -> None:
-        """Move the hidden states through block ``index`` as it was stored; ``input_scale`` by full name."""
+        """Move the hidden states through block ``index`` as it was stored; ``input_parameters`` by full name."""
         done = SolvedBlock(self.load(index, state))
         for path in done.block.linears:
             plan = self.plan.linears.get(done.block.full_name(path))
             if plan is not None and plan.scheme.activations is not None:
-                scale = input_scale(done.block.full_name(path))
-                if scale is not None:
-                    done.input_scales[path] = scale
+                done.inputs[path] = input_parameters(done.block.full_name(path))
         self._advance(done, solving=False)
 
     def observe(self, block: Block, needs: frozenset[str]) -> dict[str, Statistics]:
@@ -305,11 +271,9 @@ class Walk:
     def _gather(self, block: Block, site: Site, solving: bool) -> Gather:
         needs: set[str] = set()
         for path in site.linears:
-            work, plan = self.plan.work(block.full_name(path)), self.plan.linears.get(block.full_name(path))
+            work = self.plan.work(block.full_name(path))
             if work is not None and solving:
-                needs |= work.needs
-                if plan is not None and plan.scheme.static_inputs:
-                    needs.add("absmax")
+                needs |= work.needs | work.input_needs
         return Gather(needs, block.weight(site.name).shape[1])
 
     def _solve_site(self, done: SolvedBlock, site: Site, statistics: Statistics) -> None:
@@ -324,6 +288,9 @@ class Walk:
             work = self.plan.work(block.full_name(path))
             if work is not None:
                 works[path] = work
+                parameters = self._input_parameters(block.full_name(path), work, statistics)
+                if parameters is not None:
+                    done.inputs[path] = parameters
                 shared = work.needs and all(step.by_rows for step in work.steps)
                 together.setdefault((work.key, "" if shared else path), []).append(path)
         for paths in together.values():
@@ -334,6 +301,7 @@ class Walk:
         self, done: SolvedBlock, paths: list[str], work: Work, statistics: Statistics
     ) -> None:
         weights = [done.block.weight(p) for p in paths]
+        statistics = {**statistics, **done.inputs.get(paths[0], {})}
         form = work.form(weights[0] if len(weights) == 1 else torch.cat(weights), statistics)
         start = 0
         for path, weight in zip(paths, weights):
@@ -341,8 +309,21 @@ class Walk:
             part = form[start:stop].clone() if isinstance(form, Tensor) else form.rows(start, stop)
             own = self.plan.work(done.block.full_name(path))
             assert own is not None
+            part = own.repaired(weight, part, statistics)
             self._store(done, path, part, own, statistics)
             start = stop
+
+    def _input_parameters(self, name: str, work: Work, statistics: Statistics) -> dict[str, Tensor] | None:
+        """Return what is stored about the rounded inputs of a linear; ``None``: they are not rounded."""
+        plan = work.rounded
+        if plan is None or plan.rounder is None or plan.scheme.activations is None:
+            return None
+        if "absmax" in work.input_needs and not statistics["absmax"].any():
+            raise DataError(
+                f"no calibration token reached {name}, so its input has no range",
+                "Take more text (samples), or round that input per token",
+            )
+        return plan.rounder.input_parameters(plan.scheme.activations, statistics)
 
     def _store(
         self, done: SolvedBlock, path: str, form: QuantizedTensor | Tensor, work: Work, statistics: Statistics
@@ -352,7 +333,7 @@ class Walk:
         facts: dict[str, Any] = {
             "name": done.block.full_name(path),
             "scheme": work.label(),
-            "step": " ".join(step.name() for step in work.steps),
+            "step": " ".join(step.name() for step in (*work.steps, *work.repairs)),
         }
         facts["weight_error"] = float((value - original).norm() / original.norm().clamp(min=1e-12))
         if work.pruned is not None:
@@ -366,14 +347,6 @@ class Walk:
         done.layers.append(facts)
         if isinstance(form, QuantizedTensor):
             done.linears[path] = form
-        inputs = None if work.rounded is None else work.rounded.scheme.activations
-        if inputs is not None and not inputs.dynamic:
-            if not statistics["absmax"].any():
-                raise DataError(
-                    f"no calibration token reached {facts['name']}, so its input has no range",
-                    "Take more text (samples), or round that input per token",
-                )
-            done.input_scales[path] = static_scale(statistics["absmax"], inputs)
         done.block.set_weight(path, value)
 
     # -- forwards --------------------------------------------------------------------------------------------------
@@ -390,7 +363,5 @@ class Walk:
             plan = self.plan.linears.get(done.block.full_name(path))
             if plan is None or plan.scheme.activations is None:
                 continue
-            scheme, scale = plan.scheme.activations, done.input_scales.get(path)
-            done.block.module.get_submodule(path).register_forward_pre_hook(
-                lambda _, inputs, scheme=scheme, scale=scale: (round_activations(inputs[0], scheme, scale),)
-            )
+            linear = done.block.module.get_submodule(path)
+            round_inputs(linear, plan.scheme.activations, done.inputs.get(path, {}))

@@ -1,0 +1,97 @@
+"""What a stored weight has beside codes on a grid: one class for each kind.
+
+The extras of a :class:`~frugallm.formats.quantized_tensor.QuantizedTensor` are applied in order to what its codes stand
+for. ``WeightScheme.extras`` names their kinds. Tensors of an extra lie beside those of the codes, under names of their
+own, which no other format has; the folder says the kinds in a key that only FrugalLM reads.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+
+class Extra(ABC):
+    """One thing stored beside the codes of a weight ``(out, in)``.
+
+    Attributes
+    ----------
+    kind
+        Its name in schemes and folders.
+    leaves
+        Names of its tensors behind that of the linear, each beginning with ``weight_``.
+    """
+
+    kind: ClassVar[str]
+    leaves: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return what ``weight`` ``(out, in)`` float32 becomes; the argument may be changed."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the stored tensors by leaf."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Read back what :meth:`tensors` returned."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Self:
+        """Return the same for rows ``start`` to ``stop`` of the weight."""
+
+
+@dataclass(frozen=True)
+class LowRank(Extra):
+    """A product of two thin matrices that is added, in 8 bits with a scale for each rank, or in 16 without.
+
+    Attributes
+    ----------
+    a, b
+        ``(out, rank)`` and ``(rank, in)``: int8 codes, or bfloat16.
+    scale
+        ``(rank,)`` float32, by which codes are multiplied; ``None`` in 16 bits.
+    """
+
+    kind: ClassVar[str] = "low_rank"
+    leaves: ClassVar[tuple[str, ...]] = ("weight_low_rank_a", "weight_low_rank_b", "weight_low_rank_scale")
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor, bits: int) -> Self:
+        """Store ``a (out, rank)`` and ``b (rank, in)`` in 8 or 16 bits."""
+        if bits == 16:
+            return cls(a.bfloat16(), b.bfloat16())
+        sizes = [a.abs().amax(0).clamp(min=1e-12) / 127, b.abs().amax(1).clamp(min=1e-12) / 127]
+        codes = (a / sizes[0]).round(), (b / sizes[1][:, None]).round()
+        return cls(codes[0].to(torch.int8), codes[1].to(torch.int8), sizes[0] * sizes[1])
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102
+        a = self.a.float() if self.scale is None else self.a.float() * self.scale
+        return weight + a @ self.b.float()
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        found = {"weight_low_rank_a": self.a, "weight_low_rank_b": self.b}
+        return found if self.scale is None else {**found, "weight_low_rank_scale": self.scale}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:  # noqa: D102
+        a, b = tensors["weight_low_rank_a"], tensors["weight_low_rank_b"]
+        return cls(a, b, tensors.get("weight_low_rank_scale"))
+
+    def rows(self, start: int, stop: int) -> Self:  # noqa: D102
+        return type(self)(self.a[start:stop].clone(), self.b, self.scale)
+
+
+KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in (LowRank,)}
+LEAVES = tuple(leaf for extra in KINDS.values() for leaf in extra.leaves)

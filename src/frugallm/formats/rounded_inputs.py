@@ -1,0 +1,62 @@
+"""What an :class:`~frugallm.formats.quantized_tensor.ActivationScheme` means: how inputs of linears are rounded.
+
+Engines multiply by integer kernels, or in another basis; here the same is said as a map of inputs ``(..., in)`` to inputs
+``(..., in)`` in front of a plain linear, so that any model can be evaluated as it is stored. What the map needs beside
+the scheme are stored tensors, by the ends of their names (``input_scale``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from frugallm.formats.quantized_tensor import ActivationScheme
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Stored tensors of rounded inputs, by the ends of their names.
+LEAVES = ("input_scale",)
+
+
+def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Round ``x (..., in)`` as engines do at run time: symmetric, one scale a tensor (stored) or a token (from ``x``).
+
+    The scale of a token covers its largest magnitude with ``(2^b - 1) / 2`` codes, as in compressed-tensors; beside
+    outliers with ``2^(b-1) - 1``, as in bitsandbytes.
+    """
+    last = 2 ** (scheme.bits - 1) - 1
+    if scheme.outliers is not None:
+        return _round_beside_outliers(x, scheme.outliers, last)
+    if scheme.dynamic:
+        scale = x.float().abs().amax(-1, keepdim=True) / ((2**scheme.bits - 1) / 2)
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    else:
+        scale = parameters["input_scale"]
+    return ((x.float() / scale).round_().clamp_(-last - 1, last) * scale).to(x.dtype)
+
+
+def _round_beside_outliers(x: Tensor, threshold: float, last: int) -> Tensor:
+    """Round ``x (..., in)`` to ``last`` codes either side, one scale a token, except channels with an outlier.
+
+    As bitsandbytes does it: a channel is left as it is in all tokens of the call if any of them reaches ``threshold``
+    there; the scale of a token covers all of its values that do not, those in such channels included.
+    """
+    outlier = x.abs() >= threshold
+    left = outlier.flatten(0, -2).any(0)  # (in,)
+    scale = x.float().masked_fill(outlier, 0).abs().amax(-1, keepdim=True) / last
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return torch.where(left, x, ((x.float() / scale).round_() * scale).to(x.dtype))
+
+
+def static_scale(absmax: Tensor, scheme: ActivationScheme) -> Tensor:
+    """Return the one scale ``(1,)`` float32 of a static input with channel maxima ``absmax (in,)``."""
+    return (absmax.max().clamp(min=1e-8) / ((2**scheme.bits - 1) / 2)).reshape(1)
+
+
+def round_inputs(linear: nn.Module, scheme: ActivationScheme, parameters: Mapping[str, Tensor]) -> None:
+    """Round the inputs of ``linear`` from now on."""
+    linear.register_forward_pre_hook(lambda _, inputs: (round_activations(inputs[0], scheme, parameters),))
