@@ -261,7 +261,7 @@ def _carry_out(
 
     clock = Clock()
     with clock.phase("compress"), AnonymousPeak() as memory:
-        compress(job, place, progress)
+        job = compress(job, place, progress)
     clock.peak_bytes, clock.baseline_bytes = memory.peak, memory.baseline
     progress.event("stage", text="writing the folder")
     with clock.phase("write"):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,21 @@ import torch
 from torch import Tensor
 
 import frugallm
-from frugallm.compress.plan import Plan
+from frugallm.compress.plan import Plan, choose_schemes, with_schemes
 from frugallm.errors import DataError, OutputError
 from frugallm.formats import compressed_tensors, folder, shards
-from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor
+from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.formats.stored import Stored
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.linears import name_in_files, turned
 from frugallm.progress import Progress
 from frugallm.recipe import Recipe
 from frugallm.walk.hidden import HIDDEN_LIMIT
+from frugallm.walk.importance import input_statistics
 from frugallm.walk.walk import ROWS_PER_CHUNK, SolvedBlock, Walk
 
 PARTIAL = ".partial"
-STATE, MANIFEST = "job.json", "manifest.json"
+STATE, MANIFEST, CHOICE = "job.json", "manifest.json", "schemes.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def needs_text(plan: Plan) -> bool:
     """Whether any step of the plan reads calibration text."""
     names = {*plan.linears, *plan.pruned}
     works = [work for name in names if (work := plan.work(name)) is not None]
-    return any(s.rewrite_needs for s in plan.rewrites) or any(w.needs or w.input_needs for w in works)
+    before = any(s.rewrite_needs for s in plan.rewrites) or any(s.scheme_needs for s in plan.choosers)
+    return before or any(w.needs or w.input_needs for w in works)
 
 
 class Workplace:
@@ -233,8 +235,41 @@ def _short(value: Any) -> str:
 # -- the work itself ---------------------------------------------------------------------------------------------------
 
 
-def compress(job: Job, place: Workplace, progress: Progress) -> None:
+def settle(job: Job, place: Workplace, progress: Progress) -> Job:
+    """Let the steps that choose how each linear is stored do so, or read what they chose before a break.
+
+    The choice follows from what ``job.json`` says, and is written before anything is stored by it.
+    """
+    if not job.plan.choosers:
+        return job
+    path = place.path / CHOICE
+    if path.exists():
+        chosen = {name: WeightScheme(**fields) for name, fields in _read_object(path).items()}
+    else:
+        progress.event("stage", text="choosing how each linear is stored")
+        needs = frozenset().union(*(step.scheme_needs for step in job.plan.choosers))
+        statistics = {}
+        if needs:
+            assert job.windows is not None
+            statistics = input_statistics(
+                job.checkpoint, job.windows, needs, place.path, fast=job.fast, hidden_limit=job.hidden_limit
+            )
+        chosen = choose_schemes(job.plan, job.checkpoint, statistics)
+        fields = {name: scheme.model_dump(mode="json") for name, scheme in chosen.items()}
+        shards.write_bytes(path, json.dumps(fields).encode())
+    plan = with_schemes(job.plan, chosen, job.checkpoint)
+    for note in plan.notes[len(job.plan.notes) :]:
+        progress.event("note", text=note)
+    return replace(job, plan=plan)
+
+
+def compress(job: Job, place: Workplace, progress: Progress) -> Job:
     """Write every part of the model that is not there yet, walking through what is.
+
+    Returns
+    -------
+    Job
+        The job as it was done: its plan says how each linear is stored, where steps chose that only now.
 
     Raises
     ------
@@ -245,6 +280,7 @@ def compress(job: Job, place: Workplace, progress: Progress) -> None:
         raise DataError(
             f"{' '.join(job.recipe.to_cli())} reads calibration text, and there is none", "Give a text"
         )
+    job = settle(job, place, progress)
     walk = Walk(
         job.checkpoint,
         job.plan,
@@ -276,6 +312,7 @@ def compress(job: Job, place: Workplace, progress: Progress) -> None:
     if walk.hidden is not None:
         walk.hidden.close()
     _write_final(job, place)
+    return job
 
 
 def _table_tensors(job: Job, name: str) -> dict[str, Tensor]:

@@ -11,6 +11,9 @@ A :class:`BlockMethod` works on decoder blocks. It may have these verbs and writ
 ``repair(weight, stored, statistics)``
     Store something beside the codes of a weight that this step or an earlier one has rounded.
 
+``schemes(checkpoint, planned, statistics)`` is for steps that choose for every linear *how* it will be stored, before
+anything is changed: other group sizes, other bits. Whoever rounds the linear does so on the grid that was chosen.
+
 The walk prunes, solves and repairs site by site in the order of computation, with statistics of inputs that have passed through
 everything stored so far. Where rows are independent of each other (``by_rows``), linears that share an input are one
 weight. Where an earlier step has pruned the weight, ``solve`` finds ``pruned``, bool ``(out, in)``, among its statistics:
@@ -38,6 +41,7 @@ from frugallm.formats.rounded_inputs import static_scale
 from frugallm.method import Method
 
 if TYPE_CHECKING:
+    from frugallm.models.checkpoint import Checkpoint
     from frugallm.walk.block import Block
 
 GROUP_SIZES = (128, 64, 32, 16)
@@ -56,6 +60,8 @@ class BlockMethod(Method):
     #: Kinds of extras that ``repair`` adds, in order.
     adds: ClassVar[tuple[str, ...]] = ()
     solve_needs: ClassVar[frozenset[str]] = frozenset()
+    #: Statistics that ``schemes`` reads: of the model as it is, one number a channel, for all linears are kept at once.
+    scheme_needs: ClassVar[frozenset[str]] = frozenset()
     #: "step": the recipe's answer for its linears; "default": used where no later step solves them; "no": never.
     solves: ClassVar[Literal["step", "default", "no"]] = "no"
     #: Rows of a weight do not see each other, so linears that share an input may be worked on as one weight.
@@ -93,6 +99,11 @@ class BlockMethod(Method):
         """Whether this step, with the parameters that it has, puts weights on a grid."""
         return self.solves != "no"
 
+    @property
+    def chooses(self) -> bool:
+        """Whether this method has a ``schemes`` verb."""
+        return type(self).schemes is not BlockMethod.schemes
+
     def zeros(self, widths: Mapping[str, int]) -> Sparsity | None:
         """Return how many weights of linears with these input widths will be zero, if the step prunes."""
         return None
@@ -100,6 +111,32 @@ class BlockMethod(Method):
     def weights(self, widths: Mapping[str, int]) -> WeightScheme | None:
         """Return how the weights of linears with these input widths are to be stored."""
         return None
+
+    def schemes(
+        self,
+        checkpoint: Checkpoint,
+        planned: Mapping[str, WeightScheme],
+        statistics: Mapping[str, Mapping[str, Tensor]],
+    ) -> dict[str, WeightScheme]:
+        """Return how each linear of ``planned`` is to be stored, chosen from the weights themselves.
+
+        Parameters
+        ----------
+        checkpoint
+            The model before any step has worked on it. Weights are read from it one at a time, so that a model larger
+            than memory can be looked at.
+        planned
+            Full name of each linear that this step touches to what the step that rounds it has planned.
+        statistics
+            Full name to the statistics named in ``scheme_needs``.
+
+        Returns
+        -------
+        dict
+            A scheme for every name. Linears that share an input (:func:`together`) get the same one, for engines fuse
+            them. The same weights and statistics give the same choice.
+        """
+        return dict(planned)
 
     def activations(self, name: str) -> ActivationScheme | None:
         """Return how the input of the linear of that name is to be rounded at run time, if at all."""
@@ -185,6 +222,17 @@ class TableMethod(Method):
     def solve(self, rows: Tensor, scheme: WeightScheme) -> QuantizedTensor:
         """Return the stored form of some rows ``(rows, width)`` float32."""
         raise NotImplementedError
+
+
+def together(checkpoint: Checkpoint, names: Iterable[str]) -> list[tuple[str, ...]]:
+    """Return the linears among ``names`` (full names), those that share an input together, in order of computation."""
+    family, config, wanted = checkpoint.family, checkpoint.config, set(names)
+    sites = [
+        tuple(name for path in site.linears if (name := f"{family.block(index)}.{path}") in wanted)
+        for index in range(config.num_hidden_layers)
+        for site in family.sites(config, index)
+    ]
+    return [site for site in sites if site]
 
 
 def fitting_group_sizes(widths: Mapping[str, int]) -> list[int]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod, matches
+from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod, matches, together
 from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.errors import ParameterError, RecipeError
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 
 Modules = Literal["Linear", "Conv1D", "experts"]
+SCALE_DTYPE = WeightScheme(bits=8).scale_dtype
 
 PRUNED_IS_DENSE = (
     "zeros of pruned weights are stored like any other value: "
@@ -151,6 +154,9 @@ class Plan:
         What the run should say about choices it made.
     modules
         What the compressed linears are in ``transformers``: linears, GPT-2's turned ones, or among them fused experts.
+    choosers
+        Steps that choose, when the work begins, how each linear is stored (:func:`choose_schemes`). Until then the
+        schemes are those that the rounding steps ask for.
     """
 
     rewrites: tuple[BlockMethod, ...]
@@ -160,6 +166,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     pruned: dict[str, PrunePlan] = field(default_factory=dict)
     modules: Modules = "Linear"
+    choosers: tuple[BlockMethod, ...] = ()
 
     @property
     def quantizes(self) -> bool:
@@ -206,7 +213,65 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
         notes.append(f"left in 16 bits: {shown}")
     rewrites = tuple(s for s in blocks if s.rewrites)
-    return Plan(rewrites, linears, plan_tables, left, tuple(notes), pruned, _modules(linears, family))
+    choosers = tuple(s for s in blocks if s.chooses)
+    return Plan(rewrites, linears, plan_tables, left, tuple(notes), pruned, _modules(linears, family), choosers)
+
+
+def choose_schemes(
+    plan: Plan, checkpoint: Checkpoint, statistics: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, WeightScheme]:
+    """Let the choosing steps of a plan choose, in the order of the recipe, each from what the one before chose.
+
+    Parameters
+    ----------
+    statistics
+        Full name of each linear to the statistics in the ``scheme_needs`` of these steps.
+
+    Returns
+    -------
+    dict
+        Full name of each linear of the plan to how its weights are stored.
+
+    Raises
+    ------
+    RecipeError
+        If a step gives linears that share an input different schemes.
+    """
+    chosen = {name: _weights_alone(linear.scheme) for name, linear in plan.linears.items()}
+    for step in plan.choosers:
+        planned = {name: scheme for name, scheme in chosen.items() if step.touches(name)}
+        found = step.schemes(checkpoint, planned, statistics)
+        for names in together(checkpoint, planned):
+            if len({found[name] for name in names}) > 1:
+                labels = ", ".join(f"{name} {found[name].label()}" for name in names)
+                raise RecipeError(
+                    f"{step.name()} stores linears that engines fuse in different ways: {labels}",
+                    "Its schemes() must give linears that share an input one scheme",
+                )
+        chosen.update(found)
+    return chosen
+
+
+def with_schemes(plan: Plan, chosen: Mapping[str, WeightScheme], checkpoint: Checkpoint) -> Plan:
+    """Return the plan with the weights stored as was chosen, and a note that says how."""
+    linears = {
+        name: replace(linear, scheme=_linear_scheme(chosen[name], linear.scheme.activations, ()))
+        for name, linear in plan.linears.items()
+    }
+    mine = {n: p.scheme.weights for n, p in linears.items() if any(s.touches(n) for s in plan.choosers)}
+    counts = Counter(scheme.label() for scheme in mine.values())
+    forms = ", ".join(f"{label} ({count} linears)" for label, count in sorted(counts.items()))
+    names = " and ".join(dict.fromkeys(step.name() for step in plan.choosers))
+    bits = bits_per_weight(mine, checkpoint)
+    note = f"{names} chose {forms}: {bits:.3f} bits per weight, scales included"
+    return replace(plan, linears=linears, notes=(*plan.notes, note))
+
+
+def bits_per_weight(schemes: Mapping[str, WeightScheme], checkpoint: Checkpoint) -> float:
+    """Return the mean bits that a weight of these linears (full names) takes, scales and zero points included."""
+    shapes = {name: checkpoint.shape(f"{name}.weight") for name in schemes}
+    stored = sum(8 * schemes[name].stored_bytes(*shape) for name, shape in shapes.items())
+    return stored / sum(map(math.prod, shapes.values()))
 
 
 def _modules(linears: Iterable[str], family: Family) -> Modules:
@@ -256,6 +321,10 @@ def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tu
         return f"what {earlier.name()} adds makes up for the rounding of {shared}, which is done later", swap
     if shared and step.repairs and earlier.prunes:
         return f"what it adds would fill the zeros of {shared}", keep_one
+    if shared and step.chooses and rounded:
+        return f"how {shared} is stored must be known before it is rounded", swap
+    if shared and step.chooses and type(step) is type(earlier):
+        return f"both choose how {shared} is stored", keep_one
     if shared and step.prunes and earlier.prunes:
         return f"{shared} would be pruned twice", keep_one
     if shared and step.prunes and rounded:
@@ -272,8 +341,10 @@ def _plan_linears(
     repairs: dict[str, tuple[BlockMethod, ...]] = {}
     for step in blocks:
         for name in filter(step.touches, names):
-            # A "step" replaces a "default", before or after it; _check_order saw to the rest.
-            if step.rounds and (step.solves == "step" or name not in solver):
+            # A "step" replaces a "default", before or after it; _check_order saw to the rest. Who only chooses grids
+            # leaves the rounding to anybody else.
+            free = name not in solver or solver[name].chooses
+            if step.rounds and (step.solves == "step" or free):
                 solver[name] = step
             if step.repairs:
                 repairs[name] = (*repairs.get(name, ()), step)
@@ -324,6 +395,13 @@ def _linear_scheme(
     if activations is not None and weights.bits == 8:
         weights = weights.model_copy(update={"scale_dtype": "float32"})
     return LinearScheme(weights=weights, activations=activations)
+
+
+def _weights_alone(scheme: LinearScheme) -> WeightScheme:
+    """Return the weights' half of what :func:`_linear_scheme` made, its extras included."""
+    if scheme.activations is not None and scheme.weights.bits == 8:
+        return scheme.weights.model_copy(update={"scale_dtype": SCALE_DTYPE})
+    return scheme.weights
 
 
 def _note_group_size(step: Method, scheme: WeightScheme, widths: dict[str, int], notes: list[str]) -> None:

@@ -131,7 +131,7 @@ def carry_out(job: Job, out: Path, progress: Progress | None = None, *, resume: 
     """Do a job up to the folder that would be handed out, which stays unnamed beside ``out``."""
     place = Workplace(out)
     place.prepare(job, resume=resume, overwrite=False)
-    compress(job, place, progress or Progress())
+    job = compress(job, place, progress or Progress())
     assemble(job, place)
     return Run(job, place)
 

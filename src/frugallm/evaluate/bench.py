@@ -238,8 +238,8 @@ def _run(checkpoint: Checkpoint, steps: Sequence[Method], calibration: Tensor, o
     )
     place = Workplace(out)
     place.prepare(job, resume=False, overwrite=True)
-    compress(job, place, Progress())
+    job = compress(job, place, Progress())
     assemble(job, place)
-    result = out if loads_in_transformers(plan) else model_in_memory(place.stored(job))
+    result = out if loads_in_transformers(job.plan) else model_in_memory(place.stored(job))
     place.finish()
     return result

@@ -7,6 +7,7 @@ decoded one at a time, so a model larger than memory can be read as well.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -84,7 +85,10 @@ class Decoded(PackedFolder):
         return packed_table or own or any(not g["weights"]["symmetric"] for g in groups)
 
     def summary(self) -> str:  # noqa: D102
-        return f"compressed-tensors, {', '.join(sorted({scheme.label() for _, scheme in self._groups}))}"
+        schemes = [scheme for path in self.packed if (scheme := self.scheme(path)) is not None]
+        counts = Counter(scheme.label() for scheme in schemes)
+        forms = (f"{form} ({n} of them)" if len(counts) > 1 else form for form, n in sorted(counts.items()))
+        return f"compressed-tensors, {', '.join(forms)}"
 
     def scheme(self, path: str) -> LinearScheme | None:
         """Return how the linear or table of that name is stored; ``None``: as it is."""

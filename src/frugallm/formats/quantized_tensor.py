@@ -54,6 +54,13 @@ class WeightScheme(BaseModel):
         """Return how many of ``width`` columns share one scale."""
         return self.group_size or width
 
+    def stored_bytes(self, rows: int, width: int) -> int:
+        """Return the bytes of codes, scales and zero points of a weight ``(rows, width)``; rows end on whole words."""
+        groups = width // self.columns_per_scale(width)
+        scales = rows * groups * getattr(torch, self.scale_dtype).itemsize
+        zeros = 2 * rows if self.zero_dtype == "float16" else 4 * -(-rows * self.bits // 32)
+        return 4 * rows * -(-width * self.bits // 32) + scales + (0 if self.symmetric else groups * zeros)
+
     def label(self) -> str:
         """Return a short name such as ``W4 g64 symmetric``."""
         group = f"g{self.group_size}" if self.group_size else "per row"
