@@ -78,9 +78,10 @@ def _applicable(checkpoint: Checkpoint) -> Iterator[str]:
 
     for name, method in methods().items():
         try:
-            notes = make_plan([method()], checkpoint).notes
+            plan = make_plan([method()], checkpoint)
         except FrugalError as error:
             yield f"  {name:<16}does not apply with its defaults: {error}"
         else:
             yield f"  {name:<16}{method.card.summary}"
-            yield from (f"  {'':<16}{note}" for note in notes)
+            later = ("how each linear is stored is chosen when the work begins",) if plan.choosers else ()
+            yield from (f"  {'':<16}{note}" for note in (*plan.notes, *later))

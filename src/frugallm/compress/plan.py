@@ -214,7 +214,9 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
         notes.append(f"left in 16 bits: {shown}")
     rewrites = tuple(s for s in blocks if s.rewrites)
     choosers = tuple(s for s in blocks if s.chooses)
-    return Plan(rewrites, linears, plan_tables, left, tuple(notes), pruned, _modules(linears, family), choosers)
+    return Plan(
+        rewrites, linears, plan_tables, left, tuple(notes), pruned, _modules(linears, family), choosers
+    )
 
 
 def choose_schemes(

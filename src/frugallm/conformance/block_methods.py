@@ -78,6 +78,8 @@ def checks(method: type[Method]) -> list[Check]:
             found.append(a_solver_is_no_worse_than_nearest)
     if method.repair is not BlockMethod.repair:
         found += [a_repair_comes_closer, a_repair_makes_up_for_any_rounding]
+    if method.schemes is not BlockMethod.schemes:
+        found.append(a_later_step_rounds_as_was_chosen)
     if method.prune is not BlockMethod.prune:
         found += [a_pruner_zeroes_what_it_says, zeros_are_in_the_folder, zeros_stay_when_a_later_step_rounds]
         if method.by_rows:
@@ -315,6 +317,18 @@ def a_repair_makes_up_for_any_rounding(trial: Trial) -> None:
     claimed, found = claimed_bytes(run), file_bytes(run)
     ensure(claimed == found, f"{found} bytes on disk, the scheme says {claimed}")
     reads_back_finite(run, windows("tied"))
+
+
+def a_later_step_rounds_as_was_chosen(trial: Trial) -> None:
+    """A step that solves takes over the rounding, and not what was chosen."""
+    alone = trial.run().job.plan
+    job = job_for(InMemory(random_model("tied")), [trial.method(), parts.Nearest(bits=4)], windows("tied"))
+    run = carry_out(job, trial.out())
+    ensure(len(run.job.plan.linears) == len(alone.linears), "a later step rounds other linears")
+    solvers = {plan.solver.name() for plan in run.job.plan.linears.values()}
+    ensure(solvers == {parts.Nearest.name()}, f"rounded by {', '.join(sorted(solvers))}")
+    ensure(claimed_bytes(run) == file_bytes(run), "what is stored is not what was chosen")
+    loads_outside_as_in_memory(run, windows("tied"))
 
 
 def a_pruner_zeroes_what_it_says(trial: Trial) -> None:

@@ -31,6 +31,7 @@ class Support(BaseModel):
     tables: tuple[int, ...]
     grids: tuple[Grid, ...] = ("symmetric", "asymmetric")
     modules: tuple[Modules, ...] = ("Linear",)
+    groups: tuple[int, ...] = ()
     seen: Literal["tested", "documented", "no"]
     note: str = ""
 
@@ -65,6 +66,11 @@ def grids(plan: Plan) -> set[Grid]:
     return {_grid(linear.scheme.weights) for linear in plan.linears.values()}
 
 
+def groups(plan: Plan) -> set[int]:
+    """Return the sizes of the groups in which a plan stores weights; 0: whole rows."""
+    return {linear.scheme.weights.group_size or 0 for linear in plan.linears.values()}
+
+
 def _grid(weights: WeightScheme) -> Grid:
     if weights.extras:
         return "extras"
@@ -86,7 +92,10 @@ def engines_for(plan: Plan) -> list[Support]:
     rows = [
         r
         for r in table()
-        if loads(r, weights, inputs, tables) and grids(plan) <= set(r.grids) and plan.modules in r.modules
+        if loads(r, weights, inputs, tables)
+        and grids(plan) <= set(r.grids)
+        and plan.modules in r.modules
+        and (not r.groups or groups(plan) <= set(r.groups))
     ]
     known = {(r.engine, r.device) for r in rows}
     refusals = [r for r in table() if r.seen == "no" and not r.weights and (r.engine, r.device) not in known]

@@ -19,6 +19,8 @@ from frugallm.walk.hidden import HIDDEN_LIMIT
 from frugallm.walk.statistics import Statistics
 from frugallm.walk.walk import Walk
 
+SHARE = "share"
+
 
 def channel_importance(
     checkpoint: Checkpoint, windows: Tensor, progress: Progress | None = None
@@ -54,17 +56,21 @@ def input_statistics(
     fast: torch.dtype,
     hidden_limit: int = HIDDEN_LIMIT,
     progress: Progress | None = None,
+    event: str = "block",
 ) -> dict[str, Statistics]:
     """Pass calibration windows through a model as it is, block by block, and look at the inputs of its linears.
 
     Parameters
     ----------
     needs
-        Names of statistics. They are kept for all linears at once: those with one number a channel.
+        Names of statistics. They are kept for all linears at once: those with one number a channel. ``"share"`` is one
+        more, a single number: how much of the stream the linear's sublayer makes (:meth:`Walk.shares`).
     scratch
         Folder for hidden states that do not fit ``hidden_limit`` bytes.
     fast
         Type of products.
+    event
+        What to call a block in reports of progress.
 
     Returns
     -------
@@ -79,14 +85,17 @@ def input_statistics(
     for index in range(len(walk)):
         state = checkpoint.block_state(index)
         block = walk.load(index, state)
-        statistics = walk.observe(block, needs)
+        statistics = walk.observe(block, needs - {SHARE})
+        if SHARE in needs:
+            for site, share in walk.shares(block).items():
+                statistics[site][SHARE] = torch.tensor(share, dtype=torch.float64)
         for site in block.sites:
             for path in site.linears:
                 found[block.full_name(path)] = statistics[site.name]
         if index + 1 < len(walk):  # nobody reads what the last block gives
             walk.replay(index, state, lambda _: {})
         if progress is not None:
-            progress.event("block", index=index + 1, of=len(walk))
+            progress.event(event, index=index + 1, of=len(walk))
     if walk.hidden is not None:
         walk.hidden.close()
     return found

@@ -184,6 +184,27 @@ class Walk:
                 call(block.module, self.hidden[batch])
         return {name: gather.values() for name, gather in gathers.items()}
 
+    def shares(self, block: Block) -> dict[str, float]:
+        """Return, by site, how much of what leaves ``block`` the site's sublayer makes, the hidden states untouched.
+
+        That is the squared change of a token's state when the sublayer is left out, relative to that state's square, as
+        a mean over the tokens. Sites of experts share what theirs makes.
+        """
+        assert self.hidden is not None
+        call, found = self.calls[block.index], dict.fromkeys((site.name for site in block.sites), 0.0)
+        with self._running():
+            for batch in self.hidden.batches():
+                whole = call(block.module, self.hidden[batch]).float()
+                for sub in block.graph:
+                    with replaced(block, [(sub, None)]):
+                        change = whole - call(block.module, self.hidden[batch]).float()
+                    relative = change.square().sum(-1) / whole.square().sum(-1).clamp(min=1e-30)
+                    for sites in ((sub.reads,), sub.outputs):
+                        for site in sites:
+                            found[site.name] += relative.double().sum().item() / len(sites)
+        count, length, _ = self.hidden.values.shape
+        return {name: total / (count * length) for name, total in found.items()}
+
     def _advance(self, done: SolvedBlock, *, solving: bool) -> None:
         """Stop in front of each site, solve it if asked to, and take the hidden states to the block's output."""
         block = done.block

@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -79,7 +80,10 @@ class FineQuant(BlockMethod):
 
     bits: Literal[3, 4, 8] = Field(4, description="bits per weight")
     alpha: float = Field(
-        0.25, ge=0, le=8, description="how much larger than with the smallest groups the mean squared step may be"
+        0.25,
+        ge=0,
+        le=8,
+        description="how much larger than with the smallest groups the mean squared step may be",
     )
     least: Literal[16, 32, 64, 128] = Field(32, description="smallest group tried, in input columns")
     largest: int | None = Field(
@@ -120,28 +124,43 @@ class FineQuant(BlockMethod):
 
     @classmethod
     def claim(cls, bench: Bench) -> Claim:
-        """Compare with one scale a row at 3 bits: KL to the original, held-out text; and with groups of one size."""
+        """Compare with one scale a row at 3 bits: KL to the original, held-out text.
+
+        The details say what groups of one size would have at the same bits per weight.
+        """
+        step = cls(bits=3)
         claim = bench.claim_lower(
-            ours=[cls(bits=3)],
+            ours=[step],
             baseline=[RTN(bits=3, group_size=-1)],
             baseline_name="a third of rtn W3, one scale a row",
             share=1 / 3,
         )
-        return claim.model_copy(update={"details": claim.details | cls(bits=3)._among_uniform(bench)})
+        return claim.model_copy(update={"details": {**claim.details, **step._beside_one_size(bench)}})
 
-    def _among_uniform(self, bench: Bench) -> dict[str, object]:
-        """Return bits per weight and KL of our choice and of uniform groups, and what those would have at our bits."""
+    def _beside_one_size(self, bench: Bench) -> dict[str, object]:
+        """Return bits per weight and KL of groups of one size, and what they would have at our bits per weight."""
         from frugallm.compress.plan import bits_per_weight
 
         model, names = bench.checkpoint, bench.checkpoint.linears()
-        ours = self.schemes(model, dict.fromkeys(names, self.weights({})), {})
-        bits = bits_per_weight(ours, model)
-        uniform: list[tuple[float, float]] = []
-        for size in self.sizes(math.gcd(*bench.widths.values()))[1:] or [self.least]:
-            scheme = WeightScheme(bits=self.bits, group_size=size)
-            kl = bench.evaluate(RTN(bits=self.bits, group_size=size)).kl.value
-            uniform.append((bits_per_weight(dict.fromkeys(names, scheme), model), kl))
-        return {"bits_per_weight": bits, "uniform": uniform}
+        ours = bits_per_weight(
+            self.schemes(model, dict.fromkeys(names, WeightScheme(bits=self.bits)), {}), model
+        )
+        points: list[tuple[float, float]] = []
+        for size in [-1, *self.sizes(math.gcd(*bench.widths.values()))[1:]]:
+            scheme = WeightScheme(bits=self.bits, group_size=None if size == -1 else size)
+            found = bench.evaluate(RTN(bits=self.bits, group_size=size))
+            bits = bits_per_weight(dict.fromkeys(names, scheme), model)
+            points.append((bits, sum(found.kl_per_window) / len(found.kl_per_window)))
+        return {"bits_per_weight": ours, "one_size": points, "one_size_at_our_bits": between(points, ours)}
+
+
+def between(points: list[tuple[float, float]], x: float) -> float:
+    """Return the value at ``x`` on the line through the logarithms of ``points``, ``(x, value)`` in order of ``x``."""
+    for (a, low), (b, high) in pairwise(points):
+        if x <= b:
+            share = (x - a) / (b - a)
+            return math.exp((1 - share) * math.log(low) + share * math.log(high))
+    return points[-1][1]
 
 
 def group_size(weights: Iterable[Tensor], sizes: list[int], alpha: float) -> int:
