@@ -88,10 +88,14 @@ class Job:
 
 def needs_text(plan: Plan) -> bool:
     """Whether any step of the plan reads calibration text."""
+    return _walk_reads_text(plan) or any(step.scheme_needs for step in plan.choosers)
+
+
+def _walk_reads_text(plan: Plan) -> bool:
+    """Whether any step reads it while blocks are worked on, and not only to choose beforehand."""
     names = {*plan.linears, *plan.pruned}
     works = [work for name in names if (work := plan.work(name)) is not None]
-    before = any(s.rewrite_needs for s in plan.rewrites) or any(s.scheme_needs for s in plan.choosers)
-    return before or any(w.needs or w.input_needs for w in works)
+    return any(s.rewrite_needs for s in plan.rewrites) or any(w.needs or w.input_needs for w in works)
 
 
 class Workplace:
@@ -308,7 +312,7 @@ def compress(job: Job, place: Workplace, progress: Progress) -> Job:
     walk = Walk(
         job.checkpoint,
         job.plan,
-        job.windows,
+        job.windows if _walk_reads_text(job.plan) else None,
         place.path,
         fast=job.fast,
         stored=job.stored,
