@@ -84,6 +84,7 @@ def test_even_weights_take_whole_rows_and_one_wide_weight_a_row_takes_small_grou
         (FineQuant(least=128), 1536, [1536, 512, 256, 128]),
         (FineQuant(largest=128), 1536, [128, 64, 32]),
         (FineQuant(largest=128), 64, [64, 32]),
+        (FineQuant(largest=16), 64, [16]),
         (FineQuant(), 100, [100]),
         (FineQuant(largest=128), 200, [200]),
         (FineQuant(least=16), 112, [112, 16]),

@@ -113,8 +113,10 @@ class FineQuant(BlockMethod):
     def sizes(self, width: int) -> list[int]:
         """Return the sizes to choose from for ``width`` columns, the largest first; the whole row if no other fits."""
         powers = [2**n for n in range(width.bit_length(), 3, -1) if width % 2**n == 0]
-        sizes = [width, *(size for size in powers if self.least <= size < width)]
-        return [size for size in sizes if self.largest is None or size <= self.largest] or [width]
+        largest = self.largest or width
+        least = min(self.least, largest)
+        sizes = [width, *(size for size in powers if least <= size < width)]
+        return [size for size in sizes if size <= largest] or [width]
 
     def solve(
         self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]

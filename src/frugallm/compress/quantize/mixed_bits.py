@@ -46,7 +46,7 @@ Dong, Yao, Gholami, Mahoney, Keutzer: HAWQ, ICCV 2019, https://arxiv.org/abs/190
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -61,8 +61,6 @@ from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 from frugallm.method import Card, Claim
 
 if TYPE_CHECKING:
-    from typing import Self
-
     from frugallm.evaluate.bench import Bench
     from frugallm.models.checkpoint import Checkpoint
 
