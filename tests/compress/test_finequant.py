@@ -167,7 +167,7 @@ def test_the_folder_has_a_group_for_each_size_and_plain_transformers_loads_it(mo
     loads_outside_as_in_memory(run, windows("tied"))
     back, stored = Decoded(run.folder), run.place.stored(run.job)
     for name, plan in run.job.plan.linears.items():
-        plain = round_to_nearest(model.tensor(f"{name}.weight"), plan.scheme.weights)
+        plain = round_to_nearest(model.tensor(f"{name}.weight").bfloat16(), plan.scheme.weights)
         assert torch.equal(back.tensor(f"{name}.weight").float(), plain.dequantize())
         assert torch.equal(stored.tensor(f"{name}.weight"), plain.dequantize())
     assert "of them" in back.summary() and "W3 per row symmetric" in back.summary()
@@ -216,6 +216,6 @@ def test_stored_bytes_are_those_of_the_container(bits, group, symmetric, rows):
     from frugallm.formats.quantized_tensor import LinearScheme
 
     scheme = WeightScheme(bits=bits, group_size=group, symmetric=symmetric)
-    q = round_to_nearest(random_weight(rows, 96), scheme)
+    q = round_to_nearest(random_weight(rows, 96, 0), scheme)
     tensors = encode_linear("x", q, LinearScheme(weights=scheme))
     assert scheme.stored_bytes(rows, 96) == sum(t.nbytes for n, t in tensors.items() if "shape" not in n)

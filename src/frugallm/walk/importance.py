@@ -87,8 +87,8 @@ def input_statistics(
         block = walk.load(index, state)
         statistics = walk.observe(block, needs - {SHARE})
         if SHARE in needs:
-            for site, share in walk.shares(block).items():
-                statistics[site][SHARE] = torch.tensor(share, dtype=torch.float64)
+            for name, share in walk.shares(block).items():
+                statistics[name][SHARE] = torch.tensor(share, dtype=torch.float64)
         for site in block.sites:
             for path in site.linears:
                 found[block.full_name(path)] = statistics[site.name]
