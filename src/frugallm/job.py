@@ -23,6 +23,7 @@ from torch import Tensor
 import frugallm
 from frugallm.compress.plan import Plan, choose_schemes, with_schemes
 from frugallm.errors import DataError, OutputError
+from frugallm.evaluate.memory import give_back
 from frugallm.formats import compressed_tensors, folder, shards
 from frugallm.formats.engines import engines_for
 from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
@@ -336,6 +337,7 @@ def compress(job: Job, place: Workplace, progress: Progress) -> Job:
             continue
         # Nothing of a block may outlive its turn: a name for it here would hold two blocks in memory.
         _write_block(job, place, part, walk.solve(index))
+        give_back()
         progress.event("block", index=index + 1, of=len(walk))
     if walk.hidden is not None:
         walk.hidden.close()

@@ -1,5 +1,6 @@
 """Measuring instruments read what they say."""
 
+import ctypes
 import json
 import time
 
@@ -9,7 +10,7 @@ import torch
 
 from frugallm.evaluate import memory
 from frugallm.evaluate.machine import machine, versions
-from frugallm.evaluate.memory import AnonymousPeak, _group_room, anonymous_bytes
+from frugallm.evaluate.memory import AnonymousPeak, _group_room, anonymous_bytes, give_back
 from frugallm.evaluate.precision import processor_flags
 from frugallm.evaluate.speed import Rate
 from frugallm.formats.outside import measure_speed
@@ -87,3 +88,16 @@ def test_a_control_group_limits_what_is_available(tmp_path, membership, folder, 
     if stat:
         (group / "memory.stat").write_text(stat + "\n")
     assert _group_room(own, tmp_path / "fs") == room
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="only glibc keeps freed memory like this"
+)
+def test_freed_memory_goes_back_to_the_system():
+    before = anonymous_bytes()
+    pieces = [bytearray(10_000) for _ in range(20_000)]  # too small to be mapped one by one
+    last = bytearray(10_000)  # what lies above them in the heap keeps them there
+    del pieces
+    give_back()
+    assert anonymous_bytes() - before < 100_000_000
+    assert len(last) == 10_000

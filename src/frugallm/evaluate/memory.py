@@ -6,6 +6,8 @@ part.
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +35,13 @@ def anonymous_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_full_info().uss)
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library keeps it (glibc): else it grows with every block."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def available_bytes() -> int:
