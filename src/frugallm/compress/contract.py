@@ -155,6 +155,10 @@ class BlockMethod(Method):
         """
         return {} if scheme.dynamic else {"input_scale": static_scale(statistics["absmax"], scheme)}
 
+    def notes(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+        """Return what a run should say beforehand about the step's work on linears of these shapes ``(out, in)``."""
+        return ()
+
     def rewrite(self, block: Block, statistics: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Change ``block`` without changing its function; ``statistics`` by site name."""
         raise NotImplementedError
@@ -198,7 +202,7 @@ class PruneMethod(BlockMethod):
             If the pattern fixes another share, or does not fit a width.
         """
         fixed, group = pattern_share(self.pattern), self.target.group
-        if fixed is not None and self.sparsity != fixed:
+        if fixed is not None and self.target.share != fixed:
             raise ParameterError(
                 f"{self.name()}: pattern {self.pattern} makes {fixed:g} of the weights zero, not sparsity {self.sparsity:g}",
                 "Leave sparsity out, or use pattern=unstructured",

@@ -195,7 +195,8 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
         )
     family = checkpoint.family
     names = checkpoint.linears()
-    widths = {name: checkpoint.shape(f"{name}.weight")[1] for name in names}
+    shapes = {name: checkpoint.shape(f"{name}.weight") for name in names}
+    widths = {name: shape[1] for name, shape in shapes.items()}
     blocks = [s for s in steps if isinstance(s, BlockMethod)]
     tables = [s for s in steps if isinstance(s, TableMethod)]
     for step in steps:
@@ -208,6 +209,8 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
     linears = _plan_linears(blocks, names, widths, notes)
     pruned = _plan_pruned(blocks, names, widths, notes)
     plan_tables = _plan_tables(tables, checkpoint, notes)
+    for step in blocks:
+        notes.extend(step.notes({name: shapes[name] for name in names if step.touches(name)}))
     left = tuple(n for n in names if n not in linears and n not in pruned)
     if blocks and left:
         shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")

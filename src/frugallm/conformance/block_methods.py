@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from frugallm.errors import FrugalError
 from frugallm.formats.compressed_tensors import container
 from frugallm.formats.engines import loads_in_transformers
 from frugallm.formats.extras import LEAVES
+from frugallm.formats.quantized_tensor import WeightScheme
 from frugallm.job import Workplace, compress, layer_facts, needs_text
 from frugallm.method import Method
 from frugallm.models.in_memory import InMemory
@@ -54,6 +54,7 @@ class KilledAfter(Progress):
 def checks(method: type[Method]) -> list[Check]:
     """Return the checks that apply to a block method, by the verbs that it has."""
     assert issubclass(method, BlockMethod)
+    step = method()
     found: list[Check] = [
         shapes_stay_on_every_model,
         two_runs_are_equal_byte_for_byte,
@@ -70,7 +71,7 @@ def checks(method: type[Method]) -> list[Check]:
         found.append(a_rewrite_keeps_the_logits)
     if method.solve is not BlockMethod.solve:
         found.append(a_solver_leaves_its_inputs_alone)
-        if method.prune is BlockMethod.prune:  # what prunes itself comes after no step that prunes
+        if not step.prunes:  # what prunes itself comes after no step that prunes
             found.append(a_solver_keeps_the_zeros_of_an_earlier_step)
         if method.by_rows:
             found.append(a_solver_treats_rows_alike)
@@ -81,7 +82,9 @@ def checks(method: type[Method]) -> list[Check]:
     if method.schemes is not BlockMethod.schemes:
         found.append(a_later_step_rounds_as_was_chosen)
     if method.prune is not BlockMethod.prune:
-        found += [a_pruner_zeroes_what_it_says, zeros_are_in_the_folder, zeros_stay_when_a_later_step_rounds]
+        found += [a_pruner_zeroes_what_it_says, zeros_are_in_the_folder]
+        if not step.rounds:  # what rounds itself comes before no step that rounds
+            found.append(zeros_stay_when_a_later_step_rounds)
         if method.by_rows:
             found.append(a_pruner_treats_rows_alike)
         if "second_moment" in method.solve_needs:
@@ -245,7 +248,7 @@ def _step(trial: Trial, **parameters: Any) -> BlockMethod:
 
 
 def _on_every_grid(trial: Trial, check: Any) -> None:
-    """Run a check of a solver with every value of every parameter that changes it."""
+    """Run a check ``check(step, scheme)`` of a solver with every value of every parameter that changes it."""
     for name, value in [("", None), *variants(trial.method)]:
         step = _step(trial, **({name: value} if name else {}))
         try:
@@ -255,7 +258,7 @@ def _on_every_grid(trial: Trial, check: Any) -> None:
         if scheme is None:
             continue
         try:
-            check(step.solve, scheme, WIDTH, type(step).solve_needs)
+            check(step, scheme)
         except CheckFailed as error:
             raise CheckFailed(f"{name}={value!r}: {error}" if name else str(error)) from error
 
@@ -278,23 +281,40 @@ def _with_every_pattern(trial: Trial, check: Any) -> None:
 
 def a_solver_leaves_its_inputs_alone(trial: Trial) -> None:
     """Solvers are functions: tensors in, codes on the grid out."""
-    _on_every_grid(trial, parts.solver_leaves_its_inputs_alone)
+    _on_every_grid(
+        trial,
+        lambda step, scheme: parts.solver_leaves_its_inputs_alone(
+            step.solve, scheme, WIDTH, step.solve_needs
+        ),
+    )
 
 
 def a_solver_treats_rows_alike(trial: Trial) -> None:
     """The walk solves linears that share an input as one weight, so rows must not see each other."""
-    _on_every_grid(trial, parts.solver_treats_rows_alike)
+    _on_every_grid(
+        trial,
+        lambda step, scheme: parts.solver_treats_rows_alike(step.solve, scheme, WIDTH, step.solve_needs),
+    )
 
 
 def a_solver_is_no_worse_than_nearest(trial: Trial) -> None:
     """Whoever reads the second moment must use it."""
-    prunes = _step(trial).prunes
-    _on_every_grid(trial, partial(parts.solver_is_no_worse_than_nearest, prunes=prunes))
+    _on_every_grid(
+        trial,
+        lambda step, scheme: parts.solver_is_no_worse_than_nearest(
+            step.solve, scheme, WIDTH, step.solve_needs, prunes=step.prunes
+        ),
+    )
 
 
 def a_solver_keeps_the_zeros_of_an_earlier_step(trial: Trial) -> None:
     """What a step before has pruned stays pruned."""
-    _on_every_grid(trial, parts.solver_keeps_zeros)
+
+    def check(step: BlockMethod, scheme: WeightScheme) -> None:
+        if not step.prunes:
+            parts.solver_keeps_zeros(step.solve, scheme, WIDTH, step.solve_needs)
+
+    _on_every_grid(trial, check)
 
 
 def a_repair_comes_closer(trial: Trial) -> None:
@@ -360,7 +380,8 @@ def zeros_are_in_the_folder(trial: Trial) -> None:
         parameters = {name: value} if name else {}
         if name in ("", "sparsity", "pattern") and trial.accepts(**parameters):
             run = trial.run(**parameters)
-            _ensure_zeros_of(run, f"{name}={value!r}: " if name else "", by_rows=_step(trial).by_rows)
+            step, what = _step(trial, **parameters), f"{name}={value!r}: " if name else ""
+            _ensure_zeros_of(run, what, by_rows=step.by_rows, rounded=step.rounds)
 
 
 def zeros_stay_when_a_later_step_rounds(trial: Trial) -> None:

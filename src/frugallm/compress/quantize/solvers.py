@@ -52,9 +52,7 @@ def inverse_factor(second_moment: Tensor, damp: float, order: Tensor | None = No
         added = damp * 10.0**attempt if damp else (0.0 if attempt == 0 else 10.0 ** (attempt - 8))
         for start in range(0, width, _ROWS):
             h[start : start + _ROWS] = second_moment[backwards[start : start + _ROWS]][:, backwards]
-        diagonal = h.diagonal()
-        diagonal[diagonal == 0] = 1.0
-        diagonal += added * diagonal.mean()
+        damp_diagonal(h.diagonal(), added)
         # LAPACK works on columns: the transposed view is the same matrix, and is factorized where it lies.
         lower = h.mT
         _, info = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32)))
@@ -65,6 +63,12 @@ def inverse_factor(second_moment: Tensor, damp: float, order: Tensor | None = No
     for start in range(0, width, _ROWS):
         u[start : start + _ROWS] = lower[max(width - start - _ROWS, 0) : width - start].flip(0, 1)
     return u, added
+
+
+def damp_diagonal(diagonal: Tensor, added: float) -> None:
+    """Add a fraction of its mean to the diagonal ``(in,)`` of a second moment, in place; what is zero there becomes 1."""
+    diagonal[diagonal == 0] = 1.0
+    diagonal += added * diagonal.mean()
 
 
 def _invert_lower(lower: Tensor) -> None:
