@@ -13,7 +13,16 @@ from frugallm.models.open import dense_model
 from frugallm.recipe import Recipe
 from frugallm.walk import hidden
 from frugallm.walk.hidden import HiddenStates
-from frugallm.walk.statistics import AbsMax, AbsMean, Gather, MeanSquare, SecondMoment
+from frugallm.walk.statistics import (
+    SAMPLE_TOKENS,
+    AbsMax,
+    AbsMean,
+    Extremes,
+    Gather,
+    MeanSquare,
+    Sample,
+    SecondMoment,
+)
 from frugallm.walk.walk import Walk
 
 NOTHING = Plan(rewrites=(), linears={}, tables={}, left_alone=())
@@ -97,12 +106,14 @@ def test_statistics_are_those_of_the_plain_models_inputs(kind, tmp_path):
 def test_statistics_of_pieces_are_those_of_the_whole(dtype):
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = x.clone()
-    gather = Gather({"absmax", "absmean", "mean_square", "second_moment"}, 24)
+    gather = Gather({"absmax", "absmean", "extremes", "mean_square", "sample", "second_moment"}, 24)
     for piece in (x[:7].view(1, 7, 24), x[7:8], x[8:].view(2, 21, 24)):
         gather.add(piece)
     values = gather.values()
     assert torch.equal(x, before)
     assert torch.equal(values["absmax"], x.float().abs().amax(0))
+    assert torch.equal(values["extremes"], torch.stack([x.amin(0), x.amax(0)]).float())
+    assert torch.equal(values["sample"], x.float())  # all of them, as they are few
     mean = x.double().square().mean(0)
     torch.testing.assert_close(values["mean_square"].double(), mean, rtol=1e-6, atol=0)
     torch.testing.assert_close(values["absmean"].double(), x.double().abs().mean(0), rtol=1e-6, atol=0)
@@ -118,6 +129,26 @@ def test_without_any_token_all_inputs_count_alike():
     assert torch.equal(AbsMax(3).value(), torch.zeros(3))
     assert torch.equal(MeanSquare(3).value(), torch.zeros(3))
     assert torch.equal(AbsMean(3).value(), torch.zeros(3))
+    assert torch.equal(Extremes(3).value(), torch.zeros(2, 3))
+    assert Sample(3).value().shape == (0, 3)
+
+
+@pytest.mark.parametrize("tokens", [SAMPLE_TOKENS - 1, SAMPLE_TOKENS, 700, 9000])
+def test_a_sample_is_bounded_spread_and_the_same_for_all_pieces(tokens):
+    x = torch.arange(tokens, dtype=torch.float32)[:, None].expand(-1, 2)
+    found = []
+    for size in (tokens, 100, 7):
+        sample = Sample(2)
+        for piece in x.split(size):
+            sample.add(piece)
+            assert size > 100 or len(sample.kept) < 2 * SAMPLE_TOKENS + size
+        found.append(sample.value())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    kept = found[0][:, 0]
+    assert len(kept) == min(tokens, SAMPLE_TOKENS)
+    gaps = kept.diff()
+    assert kept[0] == 0 and gaps.min() > 0 and gaps.max() <= 2 * gaps.min()
+    assert tokens - kept[-1] <= 2 * gaps.max()
 
 
 @pytest.mark.parametrize("steps", [["gptq:bits=3"], ["smoothquant", "gptq:bits=8,group_size=-1"]])

@@ -186,7 +186,7 @@ def blocks_run_piece_by_piece_as_the_plain_model_does(model: Any, scratch: Path)
 
 
 def folds_leave_the_logits(model: Any, scratch: Path) -> None:
-    """A random scale folded into every writer changes the weights and nothing else."""
+    """A random scale folded into every writer, and a shift into all biases that take one, change weights and no more."""
     checkpoint = InMemory(model)
     walk = Walk(checkpoint, NOTHING, None, scratch, fast=torch.float32)
     folded = {name: checkpoint.tensor(name) for name in checkpoint.names()}
@@ -199,6 +199,11 @@ def folds_leave_the_logits(model: Any, scratch: Path) -> None:
             before = block.weight(site.name).clone()
             block.scale_site(site, torch.exp(torch.rand(before.shape[1], generator=generator) * 2 - 1))
             ensure(not _close(block.weight(site.name), before, 1e-2), f"{site.name} was not scaled")
+            if block.takes_shift(site):
+                bias = block.state[f"{site.writer}.bias"]
+                block.shift_site(site, torch.randn(before.shape[1], generator=generator))
+                moved = not _close(block.state[f"{site.writer}.bias"], bias, 1e-2)
+                ensure(moved, f"the input of {site.name} was not shifted")
         folded |= {block.full_name(n): tensor for n, tensor in block.state.items()}
     filled = dense_model(checkpoint)
     filled.load_state_dict(to_plain(checkpoint.family, folded, folded.__getitem__), strict=False)

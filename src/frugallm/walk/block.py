@@ -126,3 +126,37 @@ class Block:
         for path in (*site.linears, *site.others):
             self.state[f"{path}.weight"] = transforms.scale_columns(self.weight(path), scale)
         self.refresh()
+
+    def takes_shift(self, site: Site) -> bool:
+        """Whether a shift of the inputs of ``site`` has somewhere to go: biases of its writer and of all that read it.
+
+        The writer is a norm, or value projections: attention's weights sum to one, so their shift arrives as it is. What
+        an activation function or a product with a gate lies behind takes none.
+        """
+        readers = (*site.linears, *site.others)
+        biases = all(f"{path}.bias" in self.state for path in (site.writer, *readers))
+        return site.writer_kind in ("norm", "heads") and biases
+
+    def shift_site(self, site: Site, shift: Tensor) -> None:
+        """Take ``shift`` ``(in,)`` away from the inputs of ``site`` without changing the block's function.
+
+        Where the writer is a value projection, the shift is made equal over each query group: the mean is taken.
+
+        Raises
+        ------
+        ValueError
+            If a bias is missing that would have to hold the shift (:meth:`takes_shift`).
+        """
+        if not self.takes_shift(site):
+            raise ValueError(f"no bias can hold a shift of the input of {site.name}")
+        written = shift
+        if site.writer_kind == "heads":
+            written = transforms.tie_shift_over_group(shift, self.heads.width, self.heads.repeats)
+            shift = transforms.repeat_over_group(written, self.heads.width, self.heads.repeats)
+        bias = self.state[f"{site.writer}.bias"].clone()
+        bias[writing_rows(site, len(bias), self.heads)] -= written
+        self.state[f"{site.writer}.bias"] = bias
+        for path in (*site.linears, *site.others):
+            name = f"{path}.bias"
+            self.state[name] = transforms.absorb_shift(self.state[name], self.weight(path), shift)
+        self.refresh()

@@ -17,6 +17,8 @@ from frugallm.evaluate.precision import products_in
 Statistics = dict[str, Tensor]
 
 _COLUMNS = 256  # of a second moment per product
+#: How many tokens a sample holds at most.
+SAMPLE_TOKENS = 256
 
 
 class Accumulator(Protocol):
@@ -113,10 +115,56 @@ class MeanSquare:
         return (self.total / max(self.tokens, 1)).float()
 
 
+class Extremes:
+    """Smallest and largest value of every channel, ``(2, in)``; zeros where no token ever came."""
+
+    def __init__(self, width: int) -> None:
+        self.low, self.high = torch.full((width,), torch.inf), torch.full((width,), -torch.inf)
+
+    def add(self, x: Tensor) -> None:
+        """Take in one piece ``(tokens, in)``."""
+        if len(x):
+            self.low = torch.minimum(self.low, x.amin(0).float())
+            self.high = torch.maximum(self.high, x.amax(0).float())
+
+    def value(self) -> Tensor:
+        """Return the smallest values in the first row, the largest in the second, ``(2, in)``."""
+        both = torch.stack([self.low, self.high])
+        return torch.where(both.isfinite(), both, torch.zeros_like(both))
+
+
+class Sample:
+    """Some of the inputs themselves: every *n*-th token, at most :data:`SAMPLE_TOKENS` of them, ``(tokens, in)``.
+
+    Which tokens are kept depends on their order alone, not on the pieces in which they come: whenever there are twice
+    too many, every second one is let go, and from there on only every second one is taken.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.kept = torch.empty(0, width)
+        self.every, self.seen = 1, 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in one piece ``(tokens, in)``."""
+        first = -self.seen % self.every
+        self.kept = torch.cat([self.kept.to(x.dtype), x[first :: self.every]])
+        self.seen += len(x)
+        while len(self.kept) >= 2 * SAMPLE_TOKENS:
+            self.kept, self.every = self.kept[::2].clone(), 2 * self.every
+
+    def value(self) -> Tensor:
+        """Return the tokens kept, ``(tokens, in)`` float32: all, or as many as the limit, evenly spread."""
+        count = min(len(self.kept), SAMPLE_TOKENS)
+        spread = torch.arange(count) * len(self.kept) // max(count, 1)
+        return self.kept[spread].float()
+
+
 STATISTICS: dict[str, type[Accumulator]] = {
     "absmax": AbsMax,
     "absmean": AbsMean,
+    "extremes": Extremes,
     "mean_square": MeanSquare,
+    "sample": Sample,
     "second_moment": SecondMoment,
 }
 

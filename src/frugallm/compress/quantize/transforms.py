@@ -2,6 +2,7 @@
 
 Every function takes and returns tensors and touches no module. With ``y = x W^T``, dividing channel *j* of ``x`` by
 ``s_j`` and multiplying column *j* of ``W`` by ``s_j`` changes nothing; the division is folded into whatever wrote ``x``.
+With ``y = x W^T + b``, taking ``z`` away from ``x`` and adding ``W z`` to ``b`` changes nothing either.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ def tie_over_group(scale: Tensor, head_dim: int, repeats: int) -> Tensor:
 def repeat_over_group(scale: Tensor, head_dim: int, repeats: int) -> Tensor:
     """Spread a scale of value rows ``(kv_heads * head_dim,)`` over the query heads ``(heads * head_dim,)``."""
     return scale.view(-1, 1, head_dim).expand(-1, repeats, head_dim).reshape(-1)
+
+
+def tie_shift_over_group(shift: Tensor, head_dim: int, repeats: int) -> Tensor:
+    """Make a shift of attention outputs ``(heads * head_dim,)`` legal for grouped heads, as :func:`tie_over_group`.
+
+    The mean over the query heads of each value head is taken; the result is ``(kv_heads * head_dim,)``.
+    """
+    return shift.view(-1, repeats, head_dim).mean(1).reshape(-1)
+
+
+def absorb_shift(bias: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    """Return the bias ``(out,)`` of a linear ``weight (out, in)`` whose input has lost ``shift`` ``(in,)``."""
+    return bias + (weight.double() @ shift.double()).to(bias.dtype)
 
 
 def fold_gain(gain: Tensor, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
