@@ -33,9 +33,13 @@ def extremes_of(x):
 
 
 def nearest(values, extent, bits):
-    """Round float64 ``values`` to nearest, ``extent`` on ``(2^bits - 1) / 2`` codes."""
-    step = extent / ((2**bits - 1) / 2)
-    return (values / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * step
+    """Round ``values`` to nearest, ``extent`` on ``(2^bits - 1) / 2`` codes; the extreme lies between two of them.
+
+    So codes are chosen in float32, as they are stored, and what they stand for is float64.
+    """
+    step = extent.float() / ((2**bits - 1) / 2)
+    codes = (values.float() / step).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return codes.double() * step.double()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -68,11 +72,11 @@ def test_a_channel_that_never_comes_sets_no_end():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_the_scale_is_the_one_that_leaves_the_output_closest(dynamic):
     weight, x = random_weight(24, WIDTH, 2), inputs_with_outliers(3)
-    ranges, losses, wanted = x.double().abs().amax(0), [], []
+    ranges, losses, wanted = x.abs().amax(0), [], []
     for step in range(30):
-        t = ranges.max() * (ranges.min() / ranges.max()) ** (step / 29)
+        t = float(ranges.max()) * (float(ranges.min()) / float(ranges.max())) ** (step / 29)
         s = (ranges / t).clamp(min=1)
-        moved, scaled = x.double() / s, weight.double() * s
+        moved, scaled = x / s, weight * s
         extent = moved.abs().amax(-1, keepdim=True) if dynamic else moved.abs().max()
         rows = nearest(scaled, scaled.abs().amax(1, keepdim=True), 6)
         wanted.append(s)
@@ -83,7 +87,7 @@ def test_the_scale_is_the_one_that_leaves_the_output_closest(dynamic):
     assert 0 < best < 29 and losses[best] < 0.5 * losses[0]  # neither end, so the test can fail
     scheme, inputs = WeightScheme(bits=6, scale_dtype="float32"), ActivationScheme(bits=6, dynamic=dynamic)
     found = best_scale(weight, x, extremes_of(x), scheme, inputs, 30)
-    torch.testing.assert_close(found.double(), wanted[best], rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, wanted[best], rtol=1e-5, atol=0)
 
 
 def rewritten(step, model, tokens, scratch):

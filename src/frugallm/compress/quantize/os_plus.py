@@ -156,7 +156,8 @@ class OSPlus(BlockMethod):
             baseline=[cls(bits=6, input_bits=6, sites=())],
             baseline_name="W6A6 static without shift and scale",
         )
-        kl = {step.name(): bench.evaluate(step).kl.value for step in (cls(), SmoothQuant())}
+        measured = {step.name(): bench.evaluate(step).kl for step in (cls(), SmoothQuant())}
+        kl = {name: measure and measure.value for name, measure in measured.items()}
         return claim.model_copy(update={"details": {**claim.details, "kl_w8a8_static": kl}})
 
 
