@@ -48,3 +48,13 @@ def test_packed_zero_points_load_when_weights_are_dequantized_on_loading(tmp_pat
 def test_rows_that_refuse_say_why():
     assert all(row.note for row in table() if row.seen == "no")
     assert {row.seen for row in table()} == {"tested", "documented", "no"}
+
+
+def test_inputs_of_fewer_bits_are_for_transformers_alone():
+    def engines(step):
+        job = job_for(InMemory(random_model("tied")), Recipe.parse([step]).steps, windows("tied"))
+        return {row.engine for row in engines_for(job.plan) if row.seen != "no"}
+
+    assert engines("os_plus") == {"transformers", "vLLM"}
+    assert engines("os_plus:input_bits=6") == {"transformers"}
+    assert engines("rptq") == set()

@@ -235,7 +235,8 @@ def container_bytes(
     weights = scheme.weights
     groups = width // weights.columns_per_scale(width)
     scale = rows * groups * getattr(torch, weights.scale_dtype).itemsize
-    static = 4 if scheme.static_inputs else 0
+    clusters = scheme.activations and scheme.activations.clusters
+    static = width + 6 * clusters if clusters else 4 if scheme.static_inputs else 0
     float_zero = 2 * rows * groups if weights.zero_dtype == "float16" else None
     if not packed:
         zero = 0 if weights.symmetric else float_zero or rows * groups

@@ -13,7 +13,8 @@ naive-         embedding and head in    ``weight`` int8 ``(vocabulary, width)``,
 quantized      8 bits                   its own name and shares the weight
 ============== ======================== ===================================================================================
 
-Some keys are our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded;
+Some keys are our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded,
+and ``clusters``, how many static grids their channels share (:mod:`frugallm.formats.rounded_inputs`);
 ``zero_dtype`` in ``weights``, where ``weight_zero_point`` is float16 ``(out, groups)`` and not packed; and ``extras`` in
 ``weights``, kinds of what is stored beside the codes (:mod:`frugallm.formats.extras`). Readers of the format refuse keys
 that they do not know, so none of them computes something else instead.
@@ -136,13 +137,15 @@ def _input_arguments(scheme: LinearScheme) -> dict[str, Any] | None:
     arguments: dict[str, Any] = {
         "num_bits": scheme.activations.bits,
         "type": "int",
-        "symmetric": True,
+        "symmetric": scheme.activations.clusters is None,
         "strategy": "token" if dynamic else "tensor",
         "dynamic": dynamic,
     }
     if scheme.activations.outliers is not None:
         # Not in the format: who does not know this key must refuse the folder rather than round everything.
         arguments["outliers"] = scheme.activations.outliers
+    if scheme.activations.clusters is not None:
+        arguments["clusters"] = scheme.activations.clusters
     return arguments
 
 

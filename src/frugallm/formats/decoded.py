@@ -35,7 +35,10 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
     """Return the scheme that one entry of ``config_groups`` describes."""
     weights, inputs = group["weights"], group["input_activations"]
     activations = inputs and ActivationScheme(
-        bits=inputs["num_bits"], dynamic=inputs["dynamic"], outliers=inputs.get("outliers")
+        bits=inputs["num_bits"],
+        dynamic=inputs["dynamic"],
+        outliers=inputs.get("outliers"),
+        clusters=inputs.get("clusters"),
     )
     return LinearScheme(
         weights=WeightScheme(
@@ -81,7 +84,10 @@ class Decoded(PackedFolder):
         packed_table = any(
             g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
         )
-        own = any("outliers" in (g["input_activations"] or {}) or "extras" in g["weights"] for g in groups)
+        own = any(
+            {"outliers", "clusters"} & {*(g["input_activations"] or ())} or "extras" in g["weights"]
+            for g in groups
+        )
         return packed_table or own or any(not g["weights"]["symmetric"] for g in groups)
 
     def summary(self) -> str:  # noqa: D102

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from frugallm.compress.plan import Modules, Plan
 from frugallm.formats.quantized_tensor import ActivationScheme, WeightScheme
 
-Inputs = Literal["none", "token", "static", "outliers"]
+Inputs = Literal["none", "token", "static", "outliers", "clusters"]
 Grid = Literal["symmetric", "asymmetric", "float zero", "extras"]
 
 
@@ -28,6 +28,7 @@ class Support(BaseModel):
     device: str
     weights: tuple[int, ...]
     inputs: tuple[Inputs, ...]
+    input_bits: tuple[int, ...] = (4, 5, 6, 7, 8)
     tables: tuple[int, ...]
     grids: tuple[Grid, ...] = ("symmetric", "asymmetric")
     modules: tuple[Modules, ...] = ("Linear",)
@@ -58,7 +59,15 @@ def _kind(rounded: ActivationScheme | None) -> Inputs:
         return "none"
     if rounded.outliers is not None:
         return "outliers"
+    if rounded.clusters is not None:
+        return "clusters"
     return "token" if rounded.dynamic else "static"
+
+
+def input_bits(plan: Plan) -> set[int]:
+    """Return the bits of rounded inputs."""
+    schemes = (linear.scheme.activations for linear in plan.linears.values())
+    return {rounded.bits for rounded in schemes if rounded is not None}
 
 
 def grids(plan: Plan) -> set[Grid]:
@@ -93,6 +102,7 @@ def engines_for(plan: Plan) -> list[Support]:
         r
         for r in table()
         if loads(r, weights, inputs, tables)
+        and input_bits(plan) <= set(r.input_bits)
         and grids(plan) <= set(r.grids)
         and plan.modules in r.modules
         and (not r.groups or groups(plan) <= set(r.groups))

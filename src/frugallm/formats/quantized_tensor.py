@@ -77,6 +77,9 @@ class ActivationScheme(BaseModel):
     outliers
         Magnitude from which on a value is an outlier: channels with one in any token of the call are not rounded, and
         the scales of tokens cover the other values. ``None``: everything is rounded. Only with one scale a token.
+    clusters
+        How many static grids, each with a zero point, the channels share; which channel has which is stored. ``None``:
+        one symmetric grid for all. Only where inputs are static.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -84,11 +87,13 @@ class ActivationScheme(BaseModel):
     bits: int = Field(8, ge=4, le=8)
     dynamic: bool = True
     outliers: float | None = Field(None, gt=0)
+    clusters: int | None = Field(None, ge=1, le=256)
 
     def label(self) -> str:
         """Return a short name such as ``A8 per token``."""
         kept = "" if self.outliers is None else f" beside outliers from {self.outliers:g}"
-        return f"A{self.bits} {'per token' if self.dynamic else 'static'}{kept}"
+        grids = "" if self.clusters is None else f", {self.clusters} clusters"
+        return f"A{self.bits} {'per token' if self.dynamic else 'static'}{kept}{grids}"
 
 
 class LinearScheme(BaseModel):

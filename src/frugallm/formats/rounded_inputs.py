@@ -19,16 +19,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 #: Stored tensors of rounded inputs, by the ends of their names.
-LEAVES = ("input_scale",)
+LEAVES = ("input_scale", "input_clusters", "input_zero_point")
 
 
 def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[str, Tensor]) -> Tensor:
     """Round ``x (..., in)`` as engines do at run time: symmetric, one scale a tensor (stored) or a token (from ``x``).
 
     The scale of a token covers its largest magnitude with ``(2^b - 1) / 2`` codes, as in compressed-tensors; beside
-    outliers with ``2^(b-1) - 1``, as in bitsandbytes.
+    outliers with ``2^(b-1) - 1``, as in bitsandbytes. With clusters, each channel has the grid of its cluster.
     """
     last = 2 ** (scheme.bits - 1) - 1
+    if scheme.clusters is not None:
+        return _round_by_cluster(x, last, parameters)
     if scheme.outliers is not None:
         return _round_beside_outliers(x, scheme.outliers, last)
     if scheme.dynamic:
@@ -37,6 +39,18 @@ def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[s
     else:
         scale = parameters["input_scale"]
     return ((x.float() / scale).round_().clamp_(-last - 1, last) * scale).to(x.dtype)
+
+
+def _round_by_cluster(x: Tensor, last: int, parameters: Mapping[str, Tensor]) -> Tensor:
+    """Round ``x (..., in)`` on the grid of each channel's cluster.
+
+    Stored are ``input_clusters (in,)`` uint8, and by cluster ``input_scale (clusters,)`` float32 and ``input_zero_point
+    (clusters,)`` int16, which may lie outside the codes.
+    """
+    cluster = parameters["input_clusters"].long()
+    scale, zero = parameters["input_scale"][cluster], parameters["input_zero_point"][cluster]
+    codes = (x.float() / scale).round_().add_(zero).clamp_(-last - 1, last)
+    return (codes.sub_(zero) * scale).to(x.dtype)
 
 
 def _round_beside_outliers(x: Tensor, threshold: float, last: int) -> Tensor:

@@ -305,13 +305,17 @@ class Walk:
         block = done.block
         together: dict[tuple[Any, ...], list[str]] = {}
         works: dict[str, Work] = {}
+        inputs: dict[tuple[Any, ...], dict[str, Tensor] | None] = {}  # one input, so one answer of each step
         for path in site.linears:
             work = self.plan.work(block.full_name(path))
             if work is not None:
                 works[path] = work
-                parameters = self._input_parameters(block.full_name(path), work, statistics)
-                if parameters is not None:
-                    done.inputs[path] = parameters
+                plan = work.rounded
+                key = () if plan is None else (id(plan.rounder), plan.scheme.activations)
+                if key not in inputs:
+                    inputs[key] = self._input_parameters(block.full_name(path), work, statistics)
+                if (parameters := inputs[key]) is not None:
+                    done.inputs[path] = {leaf: tensor.clone() for leaf, tensor in parameters.items()}
                 shared = work.needs and all(step.by_rows for step in work.steps)
                 together.setdefault((work.key, "" if shared else path), []).append(path)
         for paths in together.values():
@@ -339,7 +343,8 @@ class Walk:
         plan = work.rounded
         if plan is None or plan.rounder is None or plan.scheme.activations is None:
             return None
-        if "absmax" in work.input_needs and not statistics["absmax"].any():
+        seen = [statistics[name] for name in ("absmax", "extremes") if name in work.input_needs]
+        if not all(bool(values.any()) for values in seen):
             raise DataError(
                 f"no calibration token reached {name}, so its input has no range",
                 "Take more text (samples), or round that input per token",
