@@ -179,4 +179,5 @@ class OBC(PruneMethod):
             baseline_name="rtn W3 of the same linears, same groups",
         )
         fixed_order = bench.evaluate(GPTQ(bits=3, search="minmax", only=attention))
-        return claim.model_copy(update={"details": {**claim.details, "gptq": fixed_order.kl.value}})
+        gptq = None if fixed_order.kl is None else fixed_order.kl.value
+        return claim.model_copy(update={"details": {**claim.details, "gptq": gptq}})
