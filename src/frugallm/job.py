@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,24 +20,21 @@ import torch
 from torch import Tensor
 
 import frugallm
-from frugallm.compress.plan import Plan, choose_schemes, with_schemes
+from frugallm.choice import settle
+from frugallm.compress.plan import Plan
 from frugallm.errors import DataError, OutputError
 from frugallm.evaluate.memory import give_back
 from frugallm.formats import compressed_tensors, folder, shards
-from frugallm.formats.engines import engines_for
-from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
+from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor
 from frugallm.formats.stored import Stored
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.linears import name_in_files, turned
 from frugallm.progress import Progress
 from frugallm.recipe import Recipe
 from frugallm.walk.hidden import HIDDEN_LIMIT
-from frugallm.walk.importance import input_statistics
 from frugallm.walk.walk import ROWS_PER_CHUNK, SolvedBlock, Walk
 
 PARTIAL = ".partial"
-#: Of the calibration windows: means over so many tokens are steady.
-WINDOWS_TO_CHOOSE_BY = 32
 STATE, MANIFEST, CHOICE = "job.json", "manifest.json", "schemes.json"
 
 
@@ -244,54 +240,6 @@ def _short(value: Any) -> str:
 # -- the work itself ---------------------------------------------------------------------------------------------------
 
 
-def settle(job: Job, place: Workplace, progress: Progress) -> Job:
-    """Let the steps that choose how each linear is stored do so, or read what they chose before a break.
-
-    The choice follows from what ``job.json`` says, and is written before anything is stored by it.
-    """
-    if not job.plan.choosers:
-        return job
-    path = place.path / CHOICE
-    if path.exists():
-        chosen = {name: WeightScheme(**fields) for name, fields in _read_object(path).items()}
-    else:
-        progress.event("stage", text="choosing how each linear is stored")
-        needs = frozenset().union(*(step.scheme_needs for step in job.plan.choosers))
-        statistics = {}
-        if needs:
-            assert job.windows is not None
-            statistics = input_statistics(
-                job.checkpoint,
-                job.windows[:WINDOWS_TO_CHOOSE_BY],
-                needs,
-                place.path,
-                fast=job.fast,
-                hidden_limit=job.hidden_limit,
-                progress=progress,
-                event="inputs of block",
-            )
-        chosen = choose_schemes(job.plan, job.checkpoint, statistics)
-        fields = {name: scheme.model_dump(mode="json") for name, scheme in chosen.items()}
-        shards.write_bytes(path, json.dumps(fields).encode())
-    plan = with_schemes(job.plan, chosen, job.checkpoint)
-    plan = replace(plan, notes=(*plan.notes, *_lost_engines(job.plan, plan)))
-    for note in plan.notes[len(job.plan.notes) :]:
-        progress.event("note", text=note)
-    return replace(job, plan=plan)
-
-
-def _lost_engines(asked: Plan, chosen: Plan) -> Iterator[str]:
-    """Say which engines load what was asked for, but not what was chosen."""
-    load = {(row.engine, row.device) for row in engines_for(chosen) if row.seen != "no"}
-    for row in engines_for(asked):
-        if row.seen != "no" and (row.engine, row.device) not in load:
-            sizes = " or ".join(str(size) if size else "the row" for size in row.groups)
-            yield (
-                f"{row.engine} on {row.device} does not load what was chosen, it takes "
-                f"{' or '.join(map(str, row.weights))} bits in groups of {sizes or 'any size'}"
-            )
-
-
 def compress(job: Job, place: Workplace, progress: Progress) -> Job:
     """Write every part of the model that is not there yet, walking through what is.
 
@@ -309,7 +257,18 @@ def compress(job: Job, place: Workplace, progress: Progress) -> Job:
         raise DataError(
             f"{' '.join(job.recipe.to_cli())} reads calibration text, and there is none", "Give a text"
         )
-    job = settle(job, place, progress)
+    job = replace(
+        job,
+        plan=settle(
+            job.plan,
+            job.checkpoint,
+            job.windows,
+            place.path / CHOICE,
+            fast=job.fast,
+            hidden_limit=job.hidden_limit,
+            progress=progress,
+        ),
+    )
     walk = Walk(
         job.checkpoint,
         job.plan,

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import random_weight
 
+from frugallm.choice import bits_per_weight, choose_schemes, settle
 from frugallm.compress.contract import together
-from frugallm.compress.plan import bits_per_weight, choose_schemes, make_plan, with_schemes
+from frugallm.compress.plan import make_plan
 from frugallm.compress.quantize.finequant import FineQuant, between, group_size
 from frugallm.compress.quantize.gptq import GPTQ
 from frugallm.compress.quantize.grids import round_to_nearest
@@ -20,7 +21,6 @@ from frugallm.conformance.trial import carry_out, job_for, random_model, windows
 from frugallm.errors import RecipeError
 from frugallm.formats.decoded import Decoded
 from frugallm.formats.quantized_tensor import WeightScheme
-from frugallm.job import CHOICE, Workplace, settle
 from frugallm.models.in_memory import InMemory
 from frugallm.progress import Progress
 
@@ -117,6 +117,13 @@ def test_a_choice_that_parts_what_engines_fuse_is_refused(model, monkeypatch):
         chosen(model, FineQuant())
 
 
+def test_siblings_that_are_planned_apart_may_stay_so(model):
+    steps = [FineQuant(), RTN(bits=3, skip=("*.v_proj",)), RTN(bits=8, only=("*.v_proj",))]
+    found = chosen(model, *steps)
+    block = "model.layers.1.self_attn"
+    assert [found[f"{block}.{p}_proj"].bits for p in "qkv"] == [3, 3, 8]
+
+
 def test_a_later_solver_rounds_in_the_groups_that_were_chosen(model, tmp_path):
     steps = [FineQuant(), GPTQ(bits=3, group_size=16)]
     run = carry_out(job_for(model, steps, windows("tied")), tmp_path / "run")
@@ -140,10 +147,10 @@ def test_scales_of_eight_bits_with_rounded_inputs_stay_in_float32(model):
     assert {p.scheme.weights.scale_dtype for p in plan.linears.values()} == {"float32"}
     asked = choose_schemes(plan, model, {})
     assert {s.scale_dtype for s in asked.values()} == {"bfloat16"}
-    settled = with_schemes(plan, asked, model)
+    settled = plan.with_schemes(asked)
     assert {p.scheme.weights.scale_dtype for p in settled.linears.values()} == {"float32"}
     four = {n: s.model_copy(update={"bits": 4}) for n, s in asked.items()}
-    settled = with_schemes(plan, four, model)
+    settled = plan.with_schemes(four)
     assert {p.scheme.weights.scale_dtype for p in settled.linears.values()} == {"bfloat16"}
 
 
@@ -185,14 +192,13 @@ def test_the_note_says_sizes_counts_and_bits(model, tmp_path):
 
 
 def test_a_resumed_run_reads_its_choice_and_does_not_choose_again(model, tmp_path, monkeypatch):
-    job, place = job_for(model, [FineQuant(bits=3)], None), Workplace(tmp_path / "run")
-    place.prepare(job, resume=False, overwrite=False)
-    first = settle(job, place, Progress())
-    assert (place.path / CHOICE).is_file()
+    plan, kept = make_plan([FineQuant(bits=3)], model), tmp_path / "schemes.json"
+    how = {"fast": torch.float32, "hidden_limit": 2**30, "progress": Progress()}
+    first = settle(plan, model, None, kept, **how)
+    assert kept.is_file() and first.linears != plan.linears
     monkeypatch.setattr(FineQuant, "schemes", None)
-    again = settle(job, place, Progress())
-    assert again.plan.linears == first.plan.linears and again.plan.notes == first.plan.notes
-    assert job.plan.linears != first.plan.linears
+    again = settle(plan, model, None, kept, **how)
+    assert again.linears == first.linears and again.notes == first.notes
 
 
 def test_together_follows_the_sites_and_leaves_out_what_is_not_asked_for(model):

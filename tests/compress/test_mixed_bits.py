@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frugallm.choice import bits_per_weight
 from frugallm.compress.contract import together
-from frugallm.compress.plan import bits_per_weight, make_plan
+from frugallm.compress.plan import make_plan
 from frugallm.compress.quantize import allocation
 from frugallm.compress.quantize.allocation import allocate
 from frugallm.compress.quantize.awq import AWQ

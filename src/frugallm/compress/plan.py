@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod, matches, together
+from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod, matches
 from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.errors import ParameterError, RecipeError
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
@@ -155,7 +153,7 @@ class Plan:
     modules
         What the compressed linears are in ``transformers``: linears, GPT-2's turned ones, or among them fused experts.
     choosers
-        Steps that choose, when the work begins, how each linear is stored (:func:`choose_schemes`). Until then the
+        Steps that choose, when the work begins, how each linear is stored (:mod:`frugallm.choice`). Until then the
         schemes are those that the rounding steps ask for.
     """
 
@@ -177,6 +175,18 @@ class Plan:
         """Return what is done to the weights of the linear of that full name, if anything."""
         pruned, rounded = self.pruned.get(name), self.linears.get(name)
         return None if pruned is None and rounded is None else Work(pruned, rounded)
+
+    def schemes(self) -> dict[str, WeightScheme]:
+        """Return how the weights of each linear are to be stored, inputs left aside."""
+        return {name: _weights_alone(linear.scheme) for name, linear in self.linears.items()}
+
+    def with_schemes(self, chosen: Mapping[str, WeightScheme]) -> Plan:
+        """Return the plan with the weights of all linears stored as was chosen."""
+        linears = {
+            name: replace(linear, scheme=_linear_scheme(chosen[name], linear.scheme.activations, ()))
+            for name, linear in self.linears.items()
+        }
+        return replace(self, linears=linears)
 
 
 def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
@@ -220,63 +230,6 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
     return Plan(
         rewrites, linears, plan_tables, left, tuple(notes), pruned, _modules(linears, family), choosers
     )
-
-
-def choose_schemes(
-    plan: Plan, checkpoint: Checkpoint, statistics: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, WeightScheme]:
-    """Let the choosing steps of a plan choose, in the order of the recipe, each from what the one before chose.
-
-    Parameters
-    ----------
-    statistics
-        Full name of each linear to the statistics in the ``scheme_needs`` of these steps.
-
-    Returns
-    -------
-    dict
-        Full name of each linear of the plan to how its weights are stored.
-
-    Raises
-    ------
-    RecipeError
-        If a step gives linears that share an input different schemes.
-    """
-    chosen = {name: _weights_alone(linear.scheme) for name, linear in plan.linears.items()}
-    for step in plan.choosers:
-        planned = {name: scheme for name, scheme in chosen.items() if step.touches(name)}
-        found = step.schemes(checkpoint, planned, statistics)
-        for names in together(checkpoint, planned):
-            if len({found[name] for name in names}) > 1:
-                labels = ", ".join(f"{name} {found[name].label()}" for name in names)
-                raise RecipeError(
-                    f"{step.name()} stores linears that engines fuse in different ways: {labels}",
-                    "Its schemes() must give linears that share an input one scheme",
-                )
-        chosen.update(found)
-    return chosen
-
-
-def with_schemes(plan: Plan, chosen: Mapping[str, WeightScheme], checkpoint: Checkpoint) -> Plan:
-    """Return the plan with the weights stored as was chosen, and a note that says how."""
-    linears = {
-        name: replace(linear, scheme=_linear_scheme(chosen[name], linear.scheme.activations, ()))
-        for name, linear in plan.linears.items()
-    }
-    mine = {n: p.scheme.weights for n, p in linears.items() if any(s.touches(n) for s in plan.choosers)}
-    counts = Counter(scheme.label() for scheme in mine.values())
-    forms = ", ".join(f"{label} ({count} linears)" for label, count in sorted(counts.items()))
-    names = " and ".join(dict.fromkeys(step.name() for step in plan.choosers))
-    bits = bits_per_weight(mine, checkpoint)
-    note = f"{names} chose {forms}: {bits:.3f} bits per weight, scales included"
-    return replace(plan, linears=linears, notes=(*plan.notes, note))
-
-
-def bits_per_weight(schemes: Mapping[str, WeightScheme], checkpoint: Checkpoint) -> float:
-    """Return the mean bits that a weight of these linears (full names) takes, scales and zero points included."""
-    shapes = {name: checkpoint.shape(f"{name}.weight") for name in schemes}
-    stored = sum(8 * schemes[name].stored_bytes(*shape) for name, shape in shapes.items())
-    return stored / sum(map(math.prod, shapes.values()))
 
 
 def _modules(linears: Iterable[str], family: Family) -> Modules:

@@ -141,7 +141,7 @@ class FineQuant(BlockMethod):
 
     def _beside_one_size(self, bench: Bench) -> dict[str, object]:
         """Return bits per weight and KL of groups of one size, and what they would have at our bits per weight."""
-        from frugallm.compress.plan import bits_per_weight
+        from frugallm.choice import bits_per_weight
 
         model, names = bench.checkpoint, bench.checkpoint.linears()
         ours = bits_per_weight(
