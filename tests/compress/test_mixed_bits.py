@@ -16,12 +16,14 @@ from frugallm.compress.quantize.allocation import allocate
 from frugallm.compress.quantize.awq import AWQ
 from frugallm.compress.quantize.finequant import FineQuant
 from frugallm.compress.quantize.gptq import GPTQ
+from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.compress.quantize.mixed_bits import MixedBits
 from frugallm.compress.quantize.rtn import RTN
 from frugallm.conformance.stored_models import loads_outside_as_in_memory
 from frugallm.conformance.trial import carry_out, job_for, random_model, windows
 from frugallm.errors import ParameterError
 from frugallm.formats.decoded import Decoded
+from frugallm.formats.quantized_tensor import WeightScheme
 from frugallm.job import needs_text
 from frugallm.models.in_memory import InMemory
 from frugallm.models.open import dense_model
@@ -37,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def statistics(model, tmp_path_factory):
-    needs = frozenset({"mean_square", "share"})
+    needs = frozenset({"mean_square", "gain"})
     return input_statistics(model, windows("tied"), needs, tmp_path_factory.mktemp("w"), fast=torch.float32)
 
 
@@ -88,34 +90,39 @@ def test_a_budget_for_everything_gives_everything_its_best():
     assert allocate(errors, [[2, 8], [2, 8]], 3) is None
 
 
-def test_the_share_of_a_sublayer_is_what_the_stream_loses_without_it(model, statistics):
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_gain_is_what_an_error_of_the_outputs_changes_behind_the_block(model, statistics, index):
     plain = dense_model(model).double()
-    layers, states = plain.model.layers, {}
-
-    def output(index, silent=None):
-        handles = [
-            layers[index].register_forward_hook(
-                lambda *a: states.__setitem__("out", a[2][0] if isinstance(a[2], tuple) else a[2])
-            )
-        ]
-        if silent is not None:
-            linear = layers[index].get_submodule(silent)
-            handles.append(linear.register_forward_hook(lambda m, x, y: torch.zeros_like(y)))
-            bias = getattr(linear, "bias", None)
-            assert bias is None
-        with torch.no_grad():
+    layer, states = plain.model.layers[index], []
+    layer.register_forward_hook(lambda m, x, y: states.append(y[0] if isinstance(y, tuple) else y))
+    with torch.no_grad():
+        plain(windows("tied"))
+        for paths in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.down_proj",)):
+            lost = size = 0.0
+            before = {path: layer.get_submodule(path).weight.clone() for path in paths}
+            for path, weight in before.items():
+                square = statistics[f"model.layers.{index}.{path}"]["mean_square"].double()
+                rounded = round_to_nearest(weight.float(), WeightScheme(bits=4, group_size=32)).dequantize()
+                lost += float(((rounded - weight).square() * square).sum())
+                size += float((weight.square() * square).sum())
+                layer.get_submodule(path).weight.copy_(rounded)
             plain(windows("tied"))
-        for handle in handles:
-            handle.remove()
-        return states["out"]
+            for path, weight in before.items():
+                layer.get_submodule(path).weight.copy_(weight)
+            change = (states[-1] - states[0]).square().sum(-1) / states[0].square().sum(-1)
+            wanted = float(change.mean()) * size / lost
+            assert wanted > 0
+            for path in paths:
+                gain = float(statistics[f"model.layers.{index}.{path}"]["gain"])
+                assert gain == pytest.approx(wanted, rel=1e-3)
 
-    for index in range(len(layers)):
-        whole = output(index)
-        for readers, last in (("self_attn.q_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj")):
-            change = (whole - output(index, last)).square().sum(-1) / whole.square().sum(-1)
-            for path in (readers, last):
-                share = statistics[f"model.layers.{index}.{path}"]["share"]
-                assert float(share) == pytest.approx(float(change.mean()), rel=1e-3)
+
+def test_looking_at_gains_changes_nothing(model, tmp_path):
+    needs = frozenset({"mean_square"})
+    with_gain = input_statistics(model, windows("tied"), needs | {"gain"}, tmp_path, fast=torch.float32)
+    without = input_statistics(model, windows("tied"), needs, tmp_path, fast=torch.float32)
+    for name, found in without.items():
+        assert torch.equal(found["mean_square"], with_gain[name]["mean_square"])
 
 
 def test_errors_are_those_of_the_equations(model, statistics):
@@ -133,8 +140,8 @@ def test_errors_are_those_of_the_equations(model, statistics):
             low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
             rounded = (groups / scale).round().clamp(low, high) * scale
             lost[i] += float(((rounded.view_as(weight) - weight).square() * m).sum())
-    share = float(statistics[names[0]]["share"])
-    wanted = [share * one / size for one in lost]
+    gain = float(statistics[names[0]]["gain"])
+    wanted = [gain * one / size for one in lost]
     assert step._errors(model, forms, statistics) == pytest.approx(wanted, rel=1e-3)
     assert wanted[0] > 10 * wanted[1] > 0
 
@@ -157,7 +164,7 @@ def test_the_mean_is_kept_and_what_shares_an_input_has_the_same_bits(model, tmp_
 def test_more_bits_go_to_what_costs_more(model, statistics):
     planned = {n: p.scheme.weights for n, p in make_plan([MixedBits()], model).linears.items()}
     favored = "model.layers.1.self_attn.o_proj"
-    raised = {**statistics, favored: {**statistics[favored], "share": torch.tensor(1e6)}}
+    raised = {**statistics, favored: {**statistics[favored], "gain": torch.tensor(1e6)}}
     before = MixedBits(average=3).schemes(model, planned, statistics)
     after = MixedBits(average=3).schemes(model, planned, raised)
     assert after[favored].bits == 8 > before[favored].bits

@@ -7,8 +7,9 @@ linear sees inputs that have passed through everything stored before it, at the 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,26 +185,35 @@ class Walk:
                 call(block.module, self.hidden[batch])
         return {name: gather.values() for name, gather in gathers.items()}
 
-    def shares(self, block: Block) -> dict[str, float]:
-        """Return, by site, how much of what leaves ``block`` the site's sublayer makes, the hidden states untouched.
+    def effects(self, block: Block, variants: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """Return what other weights change of what leaves ``block``; block and hidden states stay as they are.
 
-        That is the squared change of a token's state when the sublayer is left out, relative to that state's square, as
-        a mean over the tokens. Sites of experts share what theirs makes.
+        Parameters
+        ----------
+        variants
+            Name to the weights ``(out, in)`` that are put in, by path.
+
+        Returns
+        -------
+        dict
+            Name to the squared change of a token's state, relative to that state's square, as a mean over the tokens.
         """
         assert self.hidden is not None
-        call, found = self.calls[block.index], dict.fromkeys((site.name for site in block.sites), 0.0)
+        call, found = self.calls[block.index], dict.fromkeys(variants, 0.0)
         with self._running():
             for batch in self.hidden.batches():
-                whole = call(block.module, self.hidden[batch]).float()
-                for sub in block.graph:
-                    with replaced(block, [(sub, None)]):
-                        change = whole - call(block.module, self.hidden[batch]).float()
-                    relative = change.square().sum(-1) / whole.square().sum(-1).clamp(min=1e-30)
-                    for sites in ((sub.reads,), sub.outputs):
-                        for site in sites:
-                            found[site.name] += relative.double().sum().item() / len(sites)
-        count, length, _ = self.hidden.values.shape
-        return {name: total / (count * length) for name, total in found.items()}
+                before = call(block.module, self.hidden[batch]).float()
+                size = before.square().sum(-1).clamp(min=1e-30)
+                for name, weights in variants.items():
+                    own = {path: block.weight(path).clone() for path in weights}
+                    for path, weight in weights.items():
+                        block.set_weight(path, weight)
+                    change = call(block.module, self.hidden[batch]).float() - before
+                    found[name] += (change.square().sum(-1) / size).double().sum().item()
+                    for path, weight in own.items():
+                        block.set_weight(path, weight)
+        tokens = math.prod(self.hidden.values.shape[:2])
+        return {name: total / tokens for name, total in found.items()}
 
     def _advance(self, done: SolvedBlock, *, solving: bool) -> None:
         """Stop in front of each site, solve it if asked to, and take the hidden states to the block's output."""

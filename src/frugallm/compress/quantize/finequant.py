@@ -74,7 +74,7 @@ class FineQuant(BlockMethod):
         arxiv="2308.09723",
         row="q-finequant",
         baseline="rtn with one scale a row",
-        claim="At 3 bits the collapse of one scale a row is avoided: at most a third of its divergence is left.",
+        claim="At 4 bits at most a third is left of the divergence that one scale a row makes.",
     )
     solves: ClassVar[Literal["step", "default", "no"]] = "default"
 
@@ -126,15 +126,15 @@ class FineQuant(BlockMethod):
 
     @classmethod
     def claim(cls, bench: Bench) -> Claim:
-        """Compare with one scale a row at 3 bits: KL to the original, held-out text.
+        """Compare with one scale a row at 4 bits: KL to the original, held-out text.
 
         The details say what groups of one size would have at the same bits per weight.
         """
-        step = cls(bits=3)
+        step = cls(bits=4)
         claim = bench.claim_lower(
             ours=[step],
-            baseline=[RTN(bits=3, group_size=-1)],
-            baseline_name="a third of rtn W3, one scale a row",
+            baseline=[RTN(bits=4, group_size=-1)],
+            baseline_name="a third of rtn W4, one scale a row",
             share=1 / 3,
         )
         return claim.model_copy(update={"details": {**claim.details, **step._beside_one_size(bench)}})

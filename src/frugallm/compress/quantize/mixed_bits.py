@@ -4,16 +4,17 @@ Idea
 ----
 Linears are not equally sensitive to rounding. Given a budget for all of them, each gets the number of bits at which the
 sum of the errors expected is least. The error expected of a linear is that of its own output, relative to that output,
-times the share of the residual stream that its sublayer makes: what is lost of a sublayer that adds little to the
-stream is little. The choice is made once, before the work begins; the rounding is then done by whichever step solves.
+times how much of such an error is found behind its block: attention may blow up a small error of queries and keys. That
+factor is measured, by rounding the linear to 4 bits in the running block. The choice is made once, before the work
+begins; the rounding is then done by whichever step solves.
 
 Formula
 -------
 ``W (out, in)`` all weights that read one input ``x``, ``m_j = E[x_j^2]``, ``Q_b`` rounding to nearest with ``b`` bits, ``h`` a
-token's state behind the block, ``h'`` the same without the sublayer, ``n`` the number of weights::
+token's state behind the block, ``h'`` the same with ``Q_4(W)`` in the place of ``W``, ``n`` the number of weights::
 
     t_b = sum_ij (Q_b(W) - W)_ij^2 m_j / sum_ij W_ij^2 m_j                  (1)
-    s = E[|h - h'|^2 / |h|^2]                                               (2)
+    s = E[|h' - h|^2 / |h|^2] / t_4                                         (2)
     minimize sum s t_b over the b of all linears, with sum n b <= average sum n    (3)
 
 (3) is solved exactly (:mod:`frugallm.compress.quantize.allocation`).
@@ -22,20 +23,22 @@ When to use it
 --------------
 Before a step that solves, where a size must be met or some linears do not stand the bits of the others: ``mixed_bits:
 average=3.5 gptq``. The ``bits`` of that step are replaced by those chosen, its grid is kept otherwise. Alone it rounds to
-nearest. vLLM loads mixed 4 and 8 bits on CUDA only (``choices=[4,8]``); transformers loads every mixture.
+nearest. vLLM loads mixed 4 and 8 bits, and on CUDA only (``choices=[4,8]``); transformers loads every mixture.
 
 Cost
 ----
-Before the first block: four forwards of at most 32 calibration windows, and one rounding of every weight for each number
-of bits. One block is in memory at a time, and one vector for each input.
+Before the first block: seven forwards of at most 32 calibration windows, and one rounding of every weight for each number
+of bits. One block is in memory at a time, its rounded weights beside it, and one vector for each input.
 
 Differences from the paper
 --------------------------
-There is no single paper: HAWQ (by curvature) and HIGGS (by measured effect of noise in each linear on the perplexity, and
-an exact allocation as in (3)) share out bits by a sum of relative errors with weights. (2) is a weight that a walk in
-bounded memory can measure. (1) uses the diagonal of the input's second moment and rounding to nearest, whoever rounds in
-the end: only the ratios between linears and between numbers of bits matter. The field calls it mixed precision, a name
-that means something else in training.
+There is no single paper. HAWQ (by curvature) and HIGGS (by the measured effect of noise in each linear on the perplexity,
+and an exact allocation as in (3)) share out bits by a weighted sum of errors. (2) is a weight that a walk in bounded
+memory can measure; what later blocks make of an error it does not see. On SmolLM2-135M with 4 bits on average and rounding
+to nearest, 2,048 held-out tokens, KL is 0.66 nats with (2), 0.98 with ``s = 1``, 0.87 with the share of the stream that the
+linear's sublayer makes, and 0.93 with 4 bits everywhere. (1) uses the diagonal of the input's second moment and rounding
+to nearest, whoever rounds in the end: only ratios between linears and between numbers of bits matter. The field calls it
+mixed precision, a name that means something else in training.
 
 References
 ----------
@@ -56,6 +59,7 @@ from frugallm.compress.contract import BlockMethod, resolve_group_size, together
 from frugallm.compress.quantize.allocation import allocate
 from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.compress.quantize.rtn import RTN
+from frugallm.compress.quantize.solvers import output_energy
 from frugallm.errors import ParameterError
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 from frugallm.method import Card, Claim
@@ -72,10 +76,10 @@ class MixedBits(BlockMethod):
         title="Mixed bits",
         summary="bits of every linear chosen under a budget, by what its rounding costs; any solver rounds",
         baseline="rtn with the same bits everywhere",
-        claim="At a mean of 3 bits the model stays closer to the original than with 3 bits everywhere.",
+        claim="At a mean of 4 bits the model stays closer to the original than with 4 bits everywhere.",
     )
     solves: ClassVar[Literal["step", "default", "no"]] = "default"
-    scheme_needs: ClassVar[frozenset[str]] = frozenset({"mean_square", "share"})
+    scheme_needs: ClassVar[frozenset[str]] = frozenset({"mean_square", "gain"})
 
     average: float = Field(4.0, ge=2, le=8, description="budget: mean bits of a code; scales come on top")
     megabytes: float | None = Field(
@@ -153,14 +157,13 @@ class MixedBits(BlockMethod):
         for name in tried[0]:
             weight = checkpoint.tensor(f"{name}.weight").float()
             square = statistics[name]["mean_square"]
-            importance = (
-                square if square.any() else torch.ones_like(square)
-            )  # an expert that no token reached
-            size += _energy(weight, importance)
+            size += output_energy(weight, square)
             for i, form in enumerate(tried):
-                lost[i] += _energy(round_to_nearest(weight, form[name]).on_grid() - weight, importance)  # (1)
-        share = float(statistics[next(iter(tried[0]))]["share"])  # (2)
-        return [share * error / max(size, 1e-30) for error in lost]
+                lost[i] += output_energy(
+                    round_to_nearest(weight, form[name]).on_grid() - weight, square
+                )  # (1)
+        gain = float(statistics[next(iter(tried[0]))]["gain"])  # (2)
+        return [gain * error / max(size, 1e-30) for error in lost]
 
     def solve(
         self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]
@@ -170,9 +173,9 @@ class MixedBits(BlockMethod):
 
     @classmethod
     def claim(cls, bench: Bench) -> Claim:
-        """Compare with 3 bits everywhere, same groups, at the same mean: KL to the original, held-out text."""
+        """Compare with 4 bits everywhere, same groups, at the same mean: KL to the original, held-out text."""
         return bench.claim_lower(
-            ours=[cls(average=3)], baseline=[RTN(bits=3)], baseline_name="rtn W3, same groups"
+            ours=[cls(average=4)], baseline=[RTN(bits=4)], baseline_name="rtn W4, same groups"
         )
 
 
@@ -180,8 +183,3 @@ def _with_bits(
     planned: Mapping[str, WeightScheme], names: tuple[str, ...], bits: int
 ) -> dict[str, WeightScheme]:
     return {name: planned[name].model_copy(update={"bits": bits}) for name in names}
-
-
-def _energy(weight: Tensor, importance: Tensor) -> float:
-    """Return ``sum_ij weight_ij^2 importance_j``."""
-    return (weight.square().sum(0, dtype=torch.float64) @ importance.double()).item()

@@ -276,6 +276,16 @@ def _solve_columns(w: Tensor, u: Tensor, values: Values, zeros: _Zeros | None, b
         w[stop:].addmm_(u[start:stop, stop:].T, error, alpha=-1)
 
 
+def output_energy(weight: Tensor, mean_square: Tensor) -> float:
+    """Return ``sum_ij weight_ij^2 mean_square_j``: the output's mean square for inputs that do not correlate.
+
+    Of a difference of two weights it is the error of the output. Where no input ever came, all channels count alike.
+    """
+    if not mean_square.any():
+        mean_square = torch.ones_like(mean_square)
+    return float(weight.square().sum(0, dtype=torch.float64) @ mean_square.double())
+
+
 def proxy_loss(weight: Tensor, stored: Tensor, second_moment: Tensor) -> float:
     """Return ``tr(D H D^T)`` for the error ``D = stored - weight`` ``(out, in)``: the squared error of the layer's output."""
     difference = stored - weight
