@@ -60,7 +60,8 @@ class BlockMethod(Method):
     #: Kinds of extras that ``repair`` adds, in order.
     adds: ClassVar[tuple[str, ...]] = ()
     solve_needs: ClassVar[frozenset[str]] = frozenset()
-    #: Statistics that ``schemes`` reads: of the model as it is, one number a channel, for all linears are kept at once.
+    #: Statistics that ``schemes`` reads: of the model as it is, one number a channel (for all linears are kept at once),
+    #: or ``gain``.
     scheme_needs: ClassVar[frozenset[str]] = frozenset()
     #: "step": the recipe's answer for its linears; "default": used where no later step solves them; "no": never.
     solves: ClassVar[Literal["step", "default", "no"]] = "no"
