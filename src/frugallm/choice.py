@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from frugallm.compress.contract import together
+from frugallm.compress.contract import BlockMethod, together
 from frugallm.compress.plan import Plan
 from frugallm.errors import RecipeError
 from frugallm.formats import shards
@@ -100,12 +101,15 @@ def choose_schemes(
     Raises
     ------
     RecipeError
-        If a step gives linears that share an input, and are planned alike, different schemes.
+        If a step gives linears that share an input, and are planned alike, different schemes, or if the step that
+        rounds cannot do so as was chosen.
     """
     chosen = plan.schemes()
     for step in plan.choosers:
         planned = {name: scheme for name, scheme in chosen.items() if step.touches(name)}
         found = step.schemes(checkpoint, planned, statistics)
+        for name, scheme in found.items():
+            _check(step, plan.linears[name].solver, planned[name], scheme)
         for names in together(checkpoint, planned):
             pairs = {(planned[name], found[name]) for name in names}
             if len(pairs) > len({asked for asked, _ in pairs}):
@@ -116,6 +120,22 @@ def choose_schemes(
                 )
         chosen.update(found)
     return chosen
+
+
+def _check(step: BlockMethod, solver: BlockMethod, asked: WeightScheme, chosen: WeightScheme) -> None:
+    """Raise unless ``solver`` can store what ``step`` has chosen in the place of what was asked for."""
+    mend = "Leave out one of both, or give them different linears with only and skip"
+    if chosen != asked and not solver.flexible:
+        raise RecipeError(f"{step.name()} before {solver.name()}: its grid is fixed, {asked.label()}", mend)
+    try:
+        WeightScheme.model_validate(
+            chosen.model_dump()
+        )  # a copy with other values is not checked when it is made
+    except ValidationError as error:
+        what = error.errors()[0]["msg"]
+        raise RecipeError(
+            f"{step.name()} before {solver.name()}: {chosen.label()} cannot be: {what}", mend
+        ) from None
 
 
 def bits_per_weight(schemes: Mapping[str, WeightScheme], checkpoint: Checkpoint) -> float:

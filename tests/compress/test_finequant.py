@@ -14,6 +14,7 @@ from frugallm.compress.plan import make_plan
 from frugallm.compress.quantize.finequant import FineQuant, between, group_size
 from frugallm.compress.quantize.gptq import GPTQ
 from frugallm.compress.quantize.grids import round_to_nearest
+from frugallm.compress.quantize.llm_int8 import LLMInt8
 from frugallm.compress.quantize.rtn import RTN
 from frugallm.compress.quantize.smoothquant import SmoothQuant
 from frugallm.conformance.stored_models import loads_outside_as_in_memory
@@ -142,8 +143,30 @@ def test_names_that_the_step_does_not_touch_keep_their_own_scheme(model):
     assert {s.bits for n, s in found.items() if ".mlp." in n} == {3}
 
 
-def test_scales_of_eight_bits_with_rounded_inputs_stay_in_float32(model):
-    plan = make_plan([SmoothQuant(activation="token"), FineQuant()], model)
+def test_it_takes_over_from_a_default_of_fixed_bits_and_refuses_a_solver_of_fixed_bits(model):
+    smoothed = make_plan([SmoothQuant(activation="token"), FineQuant(bits=4)], model)
+    assert {p.solver.name() for p in smoothed.linears.values()} == {"finequant"}
+    assert all(p.scheme.activations is not None for p in smoothed.linears.values())
+    assert {s.bits for s in choose_schemes(smoothed, model, {}).values()} == {4}
+    with pytest.raises(
+        RecipeError, match="finequant before llm_int8: its grid is fixed, W8 per row symmetric"
+    ):
+        chosen(model, FineQuant(), LLMInt8())
+
+
+def test_a_scheme_that_cannot_be_is_refused(model, monkeypatch):
+    def none(self, checkpoint, planned, statistics):
+        return {n: s.model_copy(update={"bits": 9}) for n, s in planned.items()}
+
+    monkeypatch.setattr(FineQuant, "schemes", none)
+    with pytest.raises(
+        RecipeError, match=r"finequant before gptq: W9 per row symmetric cannot be: .*less than"
+    ):
+        chosen(model, FineQuant(), GPTQ(group_size=-1))
+
+
+def test_scales_of_eight_bits_with_rounded_inputs_are_float32_and_those_of_four_are_not(model):
+    plan = make_plan([SmoothQuant(activation="token"), FineQuant(bits=8)], model)
     assert {p.scheme.weights.scale_dtype for p in plan.linears.values()} == {"float32"}
     asked = choose_schemes(plan, model, {})
     assert {s.scale_dtype for s in asked.values()} == {"bfloat16"}

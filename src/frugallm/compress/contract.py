@@ -105,6 +105,11 @@ class BlockMethod(Method):
         """Whether this method has a ``schemes`` verb."""
         return type(self).schemes is not BlockMethod.schemes
 
+    @property
+    def flexible(self) -> bool:
+        """Whether this step rounds on the grid that it is given, and not on one that its method fixes."""
+        return self.chooses or "bits" in type(self).model_fields
+
     def zeros(self, widths: Mapping[str, int]) -> Sparsity | None:
         """Return how many weights of linears with these input widths will be zero, if the step prunes."""
         return None

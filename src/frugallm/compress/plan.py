@@ -299,9 +299,10 @@ def _plan_linears(
     repairs: dict[str, tuple[BlockMethod, ...]] = {}
     for step in blocks:
         for name in filter(step.touches, names):
-            # A "step" replaces a "default", before or after it; _check_order saw to the rest. Who only chooses grids
-            # leaves the rounding to anybody else.
-            free = name not in solver or solver[name].chooses
+            # A "step" replaces a "default", before or after it; _check_order saw to the rest. Who chooses grids leaves the
+            # rounding to anybody else who can round on them.
+            before = solver.get(name)
+            free = before is None or before.chooses or (step.chooses and not before.flexible)
             if step.rounds and (step.solves == "step" or free):
                 solver[name] = step
             if step.repairs:
