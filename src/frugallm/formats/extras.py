@@ -15,6 +15,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+#: Type of weights that are kept beside the codes: three bits finer than bf16, and no weight is beyond its range.
+KEPT = torch.float16
+
 
 class Extra(ABC):
     """One thing stored beside the codes of a weight ``(out, in)``.
@@ -93,5 +96,44 @@ class LowRank(Extra):
         return type(self)(self.a[start:stop].clone(), self.b, self.scale)
 
 
-KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in (LowRank,)}
+@dataclass(frozen=True)
+class Columns(Extra):
+    """Whole input columns in 16 bits, in the place of what their codes stand for.
+
+    Attributes
+    ----------
+    index
+        ``(k,)`` int32, ascending.
+    values
+        ``(k, out)`` float16: a column is stored in one piece.
+    """
+
+    kind: ClassVar[str] = "columns"
+    leaves: ClassVar[tuple[str, ...]] = ("weight_columns", "weight_columns_index")
+
+    index: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, values: Tensor) -> Self:
+        """Store ``values (k, out)`` of the columns ``index (k,)``, in any order."""
+        index, order = index.sort()
+        return cls(index.int(), values[order].to(KEPT))
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102
+        weight[:, self.index] = self.values.T.float()
+        return weight
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"weight_columns": self.values, "weight_columns_index": self.index}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:  # noqa: D102
+        return cls(tensors["weight_columns_index"], tensors["weight_columns"])
+
+    def rows(self, start: int, stop: int) -> Self:  # noqa: D102
+        return type(self)(self.index, self.values[:, start:stop].clone())
+
+
+KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in (LowRank, Columns)}
 LEAVES = tuple(leaf for extra in KINDS.values() for leaf in extra.leaves)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from frugallm.compress.prune.unstructured.masks import Sparsity, lowest
+from frugallm.formats.extras import KEPT, Columns
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 
 #: Takes column ``j (out,)`` of the solve, and ``j``; returns the values that it gets.
@@ -96,6 +97,7 @@ def compensate(
     block_size: int = 128,
     pruned: Tensor | None = None,
     sparsity: Sparsity | None = None,
+    kept: Tensor | None = None,
 ) -> QuantizedTensor:
     """Round column by column; after each column the free columns absorb its error (GPTQ, arXiv 2210.17323, eq. 2-4).
 
@@ -115,16 +117,21 @@ def compensate(
         Entries, bool ``(out, in)``, that an earlier step has made zero and that stay zero.
     sparsity
         How many entries become zero on the way, as in :func:`prune_and_compensate`.
+    kept
+        Columns ``(k,)`` that are not rounded (OWQ, arXiv 2306.02272): they come last, absorb what the others leave, and
+        the values that they have then are stored beside the codes.
     """
     width = weight.shape[1]
-    order = _order(second_moment, act_order)
+    order = _order(second_moment, act_order, kept)
     w, u = _begin(weight, second_moment, order, damp)
     s, z = scale.float().T.contiguous(), None if zero is None else zero.float().T.contiguous()
     rounding = _Rounding(w, s, z, (order // scheme.columns_per_scale(width)).tolist(), scheme)
+    last = None if kept is None else _KeepLast(rounding, len(kept))
     zeros = _zeros(u, order, block_size, pruned, sparsity)
     with _one_thread():
-        _solve_columns(w, u, rounding, zeros, block_size)
-    return QuantizedTensor(_restored(rounding.codes, order), scale, zero, scheme)
+        _solve_columns(w, u, last or rounding, zeros, block_size)
+    extras = () if last is None else (Columns.of(order[last.first :], last.values),)
+    return QuantizedTensor(_restored(rounding.codes, order), scale, zero, scheme, extras)
 
 
 def prune_and_compensate(
@@ -164,10 +171,16 @@ def prune_and_compensate(
     return _restored(exact.values, order)
 
 
-def _order(second_moment: Tensor, act_order: bool) -> Tensor:
-    """Return the order in which columns are taken."""
+def _order(second_moment: Tensor, act_order: bool, last: Tensor | None = None) -> Tensor:
+    """Return the order in which columns are taken; the columns ``last`` come behind all others."""
     diagonal = second_moment.diagonal()
-    return torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(len(diagonal))
+    )
+    if last is None:
+        return order
+    behind = torch.isin(order, last)
+    return torch.cat([order[~behind], order[behind]])
 
 
 def _begin(weight: Tensor, second_moment: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -212,6 +225,22 @@ class _Rounding:
         q = q.clamp_(*self.limits) if z is None else q.add_(z).clamp_(*self.limits)
         self.codes[j] = q
         return q * s if z is None else (q - z) * s
+
+
+class _KeepLast:
+    """The last ``count`` columns keep the values that they have by then, as they are stored; the others are rounded."""
+
+    def __init__(self, rounding: _Rounding, count: int) -> None:
+        width, rows = rounding.codes.shape
+        self.rounding, self.first = rounding, width - count
+        self.values = torch.empty(count, rows)
+
+    def __call__(self, column: Tensor, j: int) -> Tensor:
+        if j < self.first:
+            return self.rounding(column, j)
+        self.rounding(torch.zeros_like(column), j)  # under them lie the codes of zero
+        self.values[j - self.first] = column.to(KEPT)
+        return self.values[j - self.first]
 
 
 @dataclass(frozen=True)
