@@ -20,6 +20,8 @@ from frugallm.report_files import manifest_of
 RECIPES = {
     "packed": ["gptq:bits=3,skip=[*.down_proj]", "rtn:bits=8,only=[*.1.*down_proj]"],
     "asymmetric": ["rtn:symmetric=false,group_size=16", "embedding:bits=4"],
+    "columns beside codes": ["owq:extra_bits=0.5,skip=[*.down_proj]", "rtn:bits=4,only=[*.down_proj]"],
+    "entries and two levels": ["spqr:threshold=0.05", "embedding"],
     "rounded inputs": ["smoothquant:token=[*.o_proj]", "embedding"],
     "tables alone": ["embedding:bits=4"],
     "pruned": ["magnitude"],

@@ -53,6 +53,9 @@ def describe(checkpoint: Checkpoint) -> Iterator[str]:
     yield ""
     if isinstance(checkpoint, PackedFolder):
         yield f"compressed already: {checkpoint.summary()}; {len(checkpoint.packed)} parts"
+        bits = checkpoint.bits_per_weight()
+        if math.isfinite(bits):
+            yield f"{bits:.3f} bits a weight in the compressed linears, with everything that is stored about them"
         yield "methods: none, they start from the original model"
         return
     yield "methods:"

@@ -237,9 +237,20 @@ def container_bytes(
     scale = rows * groups * getattr(torch, weights.scale_dtype).itemsize
     clusters = scheme.activations and scheme.activations.clusters
     static = width + 6 * clusters if clusters else 4 if scheme.static_inputs else 0
+    if weights.second is not None:
+        codes = 4 * rows * -(-width * weights.bits // 32) + 16 if packed else rows * width
+        return codes + 2 * second_level_bytes(weights.second, rows, groups) + static
     float_zero = 2 * rows * groups if weights.zero_dtype == "float16" else None
     if not packed:
         zero = 0 if weights.symmetric else float_zero or rows * groups
         return rows * width + scale * (2 if rescaled else 1) + zero + static
     zero = 0 if weights.symmetric else float_zero or 4 * -(-rows * weights.bits // 32) * groups
     return 4 * rows * -(-width * weights.bits // 32) + scale + zero + 16 + static
+
+
+def second_level_bytes(second: WeightScheme, rows: int, groups: int) -> int:
+    """Return the bytes of scales or of zero points ``(rows, groups)`` that are codes themselves."""
+    size = second.columns_per_scale(rows)
+    chunks = -(-rows // size)
+    each = getattr(torch, second.scale_dtype).itemsize + getattr(torch, second.zero_dtype).itemsize
+    return groups * (4 * -(-chunks * size * second.bits // 32) + chunks * each)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -95,6 +96,7 @@ class Bench:
         self._seed = seed
         self._progress = progress
         self._results: dict[str, Evaluation] = {}
+        self._bits: dict[str, float] = {}
         self._reference: Reference | None = None
         self._folder = tempfile.TemporaryDirectory(prefix="frugal-bench-")
 
@@ -120,6 +122,7 @@ class Bench:
             out = Path(self._folder.name) / digest
             try:
                 compressed = self._compress(self.checkpoint, steps, self.calibration, out)
+                self._bits[digest] = _stored_bits(out)
                 name = " ".join(recipe.to_cli())
                 self._results[digest] = evaluate_all(
                     {name: compressed},
@@ -134,6 +137,15 @@ class Bench:
             finally:
                 shutil.rmtree(out, ignore_errors=True)
         return self._results[digest]
+
+    def kl(self, *steps: Method) -> float:
+        """Return the mean KL (nats/token) to the original of the model compressed with these steps."""
+        return _value(self.evaluate(*steps), "kl")
+
+    def stored_bits(self, *steps: Method) -> float:
+        """Return the bits a weight of the linears that these steps compress, everything stored about them counted."""
+        self.evaluate(*steps)
+        return self._bits[Recipe(steps=steps).digest()]
 
     def compare(
         self, a: Evaluation, b: Evaluation, metric: Metric = "kl", share: float = 1.0
@@ -215,6 +227,18 @@ def _per_window(evaluation: Evaluation, metric: Metric) -> Tensor:
 def _value(evaluation: Evaluation, metric: Metric) -> float:
     mean = _per_window(evaluation, metric).mean()
     return float(mean.exp() if metric == "perplexity" else mean)
+
+
+def _stored_bits(out: Path) -> float:
+    """Return the bits a weight in the folder ``out``; not a number where it holds no compressed linears."""
+    from frugallm.formats.decoded import Decoded, Own
+    from frugallm.models.safetensors_folder import read_config
+
+    if not (out / "config.json").is_file():
+        return math.nan
+    settings = read_config(out).get("quantization_config")
+    reader = Own if settings and settings["quant_method"] == Own.method else Decoded
+    return reader(out).bits_per_weight() if settings else math.nan
 
 
 def _run(checkpoint: Checkpoint, steps: Sequence[Method], calibration: Tensor, out: Path) -> Any:

@@ -15,9 +15,11 @@ quantized      8 bits                   its own name and shares the weight
 
 Some keys are our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded,
 and ``clusters``, how many static grids their channels share (:mod:`frugallm.formats.rounded_inputs`);
-``zero_dtype`` in ``weights``, where ``weight_zero_point`` is float16 ``(out, groups)`` and not packed; and ``extras`` in
-``weights``, kinds of what is stored beside the codes (:mod:`frugallm.formats.extras`). Readers of the format refuse keys
-that they do not know, so none of them computes something else instead.
+``zero_dtype`` in ``weights``, where ``weight_zero_point`` is float16 ``(out, groups)`` and not packed; ``extras`` in
+``weights``, kinds of what is stored beside the codes (:mod:`frugallm.formats.extras`); and ``second`` in ``weights``, a
+scheme in which scales and zero points are stored: as ``weight_scale_packed``, ``weight_scale_scale``,
+``weight_scale_zero_point`` and ``weight_zero_packed``, … instead of ``weight_scale`` and ``weight_zero_point``. Readers of
+the format refuse keys that they do not know, so none of them computes something else instead.
 
 Codes are stored unsigned, ``code + 2^(b-1)``, as a little-endian bit stream along each row. Packing is left to the
 ``compressed-tensors`` package, so that what is written is what it reads.
@@ -34,11 +36,14 @@ from torch import Tensor
 
 from frugallm.compress.plan import Plan
 from frugallm.formats.extras import KINDS
-from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
+from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme, first_level
 from frugallm.models.family import Family
 
 #: Name of our own container, as quantization method and as stem of its files.
 OWN = "frugallm"
+#: Stems of the tensors of a second level, and their ends.
+SECOND = ("weight_scale", "weight_zero")
+SECOND_LEAVES = tuple(f"{stem}_{end}" for stem in SECOND for end in ("packed", "scale", "zero_point"))
 
 
 def container(scheme: LinearScheme, *, table: bool = False) -> str:
@@ -61,18 +66,26 @@ def encode_linear(
     """Return the tensors, by full name, that store linear ``path``; ``inputs`` are those of its rounded inputs, by leaf."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    out: dict[str, Tensor] = {f"{path}.weight_scale": q.scale.contiguous()}
-    if container(scheme, table=table) == "pack-quantized":
+    out: dict[str, Tensor] = {}
+    packed = container(scheme, table=table) == "pack-quantized"
+    if packed:
         out[f"{path}.weight_packed"] = pack_to_int32(q.codes, q.scheme.bits)
         out[f"{path}.weight_shape"] = torch.tensor(q.codes.shape, dtype=torch.int64)
+    else:
+        out[f"{path}.weight"] = q.codes.contiguous()
+    if scheme.weights.second is None:
+        out[f"{path}.weight_scale"] = q.scale.contiguous()
         if q.zero is not None:
-            whole = not q.zero.is_floating_point()
+            whole = packed and not q.zero.is_floating_point()
             zero = pack_to_int32(q.zero, q.scheme.bits, packed_dim=0) if whole else q.zero
             out[f"{path}.weight_zero_point"] = zero.contiguous()
     else:
-        out[f"{path}.weight"] = q.codes.contiguous()
-        if q.zero is not None:
-            out[f"{path}.weight_zero_point"] = q.zero.contiguous()
+        assert q.second is not None
+        for stem, level in zip(SECOND, q.second):
+            assert level.zero is not None
+            out[f"{path}.{stem}_packed"] = pack_to_int32(level.codes, level.scheme.bits)
+            out[f"{path}.{stem}_scale"] = level.scale.contiguous()
+            out[f"{path}.{stem}_zero_point"] = level.zero.contiguous()
     for extra in q.extras:
         out.update({f"{path}.{leaf}": tensor.contiguous() for leaf, tensor in extra.tensors().items()})
     out.update({f"{path}.{leaf}": tensor.contiguous() for leaf, tensor in (inputs or {}).items()})
@@ -97,13 +110,18 @@ def _decode_codes(
 ) -> QuantizedTensor:
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
+    bits, packed_codes = scheme.weights.bits, container(scheme, table=table) == "pack-quantized"
+    if packed_codes:
+        shape = torch.Size(tensors[f"{path}.weight_shape"].tolist())
+        codes = unpack_from_int32(tensors[f"{path}.weight_packed"], bits, shape)
+    else:
+        codes = tensors[f"{path}.weight"]
+    if scheme.weights.second is not None:
+        second = _decode_second(path, tensors, scheme.weights.second)
+        return QuantizedTensor(codes, *first_level(second, len(codes)), scheme.weights, second=second)
     scale = tensors[f"{path}.weight_scale"]
-    if container(scheme, table=table) != "pack-quantized":
-        zero = tensors.get(f"{path}.weight_zero_point")
-        return QuantizedTensor(tensors[f"{path}.weight"], scale, zero, scheme.weights)
-    bits = scheme.weights.bits
-    shape = torch.Size(tensors[f"{path}.weight_shape"].tolist())
-    codes = unpack_from_int32(tensors[f"{path}.weight_packed"], bits, shape)
+    if not packed_codes:
+        return QuantizedTensor(codes, scale, tensors.get(f"{path}.weight_zero_point"), scheme.weights)
     packed = tensors.get(f"{path}.weight_zero_point")
     if packed is None or packed.is_floating_point():
         return QuantizedTensor(codes, scale, packed, scheme.weights)
@@ -111,6 +129,20 @@ def _decode_codes(
     turned = packed.T.clone(memory_format=torch.contiguous_format)
     zero = unpack_from_int32(turned, bits, scale.T.shape).T.contiguous()
     return QuantizedTensor(codes, scale, zero, scheme.weights)
+
+
+def _decode_second(
+    path: str, tensors: Mapping[str, Tensor], scheme: WeightScheme
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    def level(stem: str) -> QuantizedTensor:
+        step, zero = (tensors[f"{path}.{stem}_{end}"] for end in ("scale", "zero_point"))
+        shape = torch.Size((len(step), step.shape[1] * (scheme.group_size or 1)))
+        codes = unpack_from_int32(tensors[f"{path}.{stem}_packed"], scheme.bits, shape)
+        return QuantizedTensor(codes, step, zero, scheme)
+
+    return level(SECOND[0]), level(SECOND[1])
 
 
 def _weight_arguments(scheme: WeightScheme) -> dict[str, Any]:
@@ -127,6 +159,8 @@ def _weight_arguments(scheme: WeightScheme) -> dict[str, Any]:
         arguments["zero_dtype"] = scheme.zero_dtype
     if scheme.extras:
         arguments["extras"] = list(scheme.extras)
+    if scheme.second is not None:
+        arguments["second"] = _weight_arguments(scheme.second)
     return arguments
 
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 #: Tensors that stand in the place of a weight, by the end of their names.
 PARTS = (
     *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    *compressed_tensors.SECOND_LEAVES,
     *extras.LEAVES,
     *rounded_inputs.LEAVES,
 )
@@ -40,15 +41,18 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
         outliers=inputs.get("outliers"),
         clusters=inputs.get("clusters"),
     )
-    return LinearScheme(
-        weights=WeightScheme(
-            bits=weights["num_bits"],
-            symmetric=weights["symmetric"],
-            group_size=weights["group_size"],
-            zero_dtype=weights.get("zero_dtype", "int8"),
-            extras=tuple(weights.get("extras", ())),
-        ),
-        activations=activations,
+    return LinearScheme(weights=_weights_of(weights), activations=activations)
+
+
+def _weights_of(arguments: Mapping[str, Any]) -> WeightScheme:
+    second = arguments.get("second")
+    return WeightScheme(
+        bits=arguments["num_bits"],
+        symmetric=arguments["symmetric"],
+        group_size=arguments["group_size"],
+        zero_dtype=arguments.get("zero_dtype", "int8"),
+        extras=tuple(arguments.get("extras", ())),
+        second=second and _weights_of(second),
     )
 
 

@@ -71,8 +71,9 @@ def input_bits(plan: Plan) -> set[int]:
 
 
 def grids(plan: Plan) -> set[Grid]:
-    """Return the kinds of grids on which a plan stores weights."""
-    return {_grid(linear.scheme.weights) for linear in plan.linears.values()}
+    """Return the kinds of grids on which a plan stores weights; where some have extras, nothing else decides."""
+    found = {_grid(linear.scheme.weights) for linear in plan.linears.values()}
+    return {"extras"} if "extras" in found else found
 
 
 def groups(plan: Plan) -> set[int]:
@@ -81,7 +82,7 @@ def groups(plan: Plan) -> set[int]:
 
 
 def _grid(weights: WeightScheme) -> Grid:
-    if weights.extras:
+    if weights.extras or weights.second is not None:
         return "extras"
     if weights.symmetric:
         return "symmetric"

@@ -135,5 +135,54 @@ class Columns(Extra):
         return type(self)(self.index, self.values[:, start:stop].clone())
 
 
-KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in (LowRank, Columns)}
+@dataclass(frozen=True)
+class Entries(Extra):
+    """Single entries in 16 bits, in the place of what their codes stand for, as sparse rows (CSR).
+
+    Attributes
+    ----------
+    counts
+        How many entries each row has, ``(out,)``: uint16, or int32 where a weight has 65536 columns or more.
+    columns
+        ``(entries,)`` of the same type.
+    values
+        ``(entries,)`` float16.
+    """
+
+    kind: ClassVar[str] = "entries"
+    leaves: ClassVar[tuple[str, ...]] = ("weight_entries", "weight_entries_columns", "weight_entries_counts")
+
+    counts: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor, values: Tensor) -> Self:
+        """Store ``values (out, in)`` where ``mask (out, in)`` is true."""
+        small = torch.uint16 if mask.shape[1] < 2**16 else torch.int32
+        return cls(mask.sum(1).to(small), mask.nonzero()[:, 1].to(small), values[mask].to(KEPT))
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102
+        rows = torch.repeat_interleave(self.counts.long())
+        weight[rows, self.columns.long()] = self.values.float()
+        return weight
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return dict(zip(self.leaves, (self.values, self.columns, self.counts)))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:  # noqa: D102
+        values, columns, counts = (tensors[leaf] for leaf in cls.leaves)
+        return cls(counts, columns, values)
+
+    def rows(self, start: int, stop: int) -> Self:  # noqa: D102
+        first = int(self.counts[:start].long().sum())
+        last = first + int(self.counts[start:stop].long().sum())
+        kept = slice(first, last)
+        return type(self)(
+            self.counts[start:stop].clone(), self.columns[kept].clone(), self.values[kept].clone()
+        )
+
+
+KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in (LowRank, Columns, Entries)}
 LEAVES = tuple(leaf for extra in KINDS.values() for leaf in extra.leaves)

@@ -7,6 +7,7 @@ be read, and neither the toolkit nor its kernels are needed.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +26,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FLOAT_SCALES = ("F16", "BF16", "F32")
+#: Bytes of a number by its type as safetensors calls it.
+BYTES = {
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
 INTACT = "Get an intact copy of the model"
 
 
@@ -62,6 +70,11 @@ class Parts:
     def dtype(self, leaf: str) -> str:
         """Return the type of a stored tensor as safetensors calls it, ``I32``."""
         return self._folder.stored_slice(self._named(leaf)).get_dtype()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors of this linear."""
+        return sum(math.prod(self.shape(leaf)) * BYTES[self.dtype(leaf)] for leaf in self._names)
 
     def expect(self, leaf: str, types: tuple[str, ...], shape: tuple[int, ...] | None = None) -> None:
         """Check that a tensor is there, has one of these types and, if it is given, this shape."""
@@ -150,6 +163,16 @@ class PackedFolder(SafetensorsFolder):
     def packed(self) -> list[str]:
         """Paths of the packed linears."""
         return sorted(self._parts)
+
+    def bits_per_weight(self) -> float:
+        """Return the bits a weight of the packed linears of blocks, everything stored in their place counted."""
+        sizes = {
+            path: math.prod(self.packed_shape(self._parts[path]))
+            for path in self.linears()
+            if path in self._parts
+        }
+        total = sum(sizes.values())
+        return 8 * sum(self._parts[path].nbytes for path in sizes) / total if total else math.nan
 
     def part(self, path: str, leaf: str) -> Tensor | None:
         """Return one stored tensor of a packed linear; ``None``: there is none of that name."""

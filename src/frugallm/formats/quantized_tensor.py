@@ -34,6 +34,9 @@ class WeightScheme(BaseModel):
         the codes are; or ``float16``, which lets the grid begin anywhere.
     extras
         Kinds of what is stored beside the codes (:mod:`frugallm.formats.extras`), in the order in which it is applied.
+    second
+        How scales and zero points of an asymmetric grid are stored if they are codes themselves: each group's as a row,
+        in groups of ``second.group_size`` consecutive outputs. ``None``: as they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,6 +47,7 @@ class WeightScheme(BaseModel):
     scale_dtype: str = "bfloat16"
     zero_dtype: Literal["int8", "float16"] = "int8"
     extras: tuple[str, ...] = ()
+    second: WeightScheme | None = None
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -66,7 +70,8 @@ class WeightScheme(BaseModel):
         group = f"g{self.group_size}" if self.group_size else "per row"
         kind = "symmetric" if self.symmetric else "asymmetric"
         zero = "" if self.zero_dtype == "int8" else ", float zero"
-        return f"W{self.bits} {group} {kind}{zero}{''.join(f' + {kind}' for kind in self.extras)}"
+        second = "" if self.second is None else f", scales in {self.second.bits} bits"
+        return f"W{self.bits} {group} {kind}{zero}{second}{''.join(f' + {kind}' for kind in self.extras)}"
 
 
 class ActivationScheme(BaseModel):
@@ -130,6 +135,9 @@ class QuantizedTensor:
         What the numbers mean.
     extras
         What is stored beside the codes, of the kinds that the scheme names.
+    second
+        Where the scheme has a second level: scale and zero point as they are stored, each a weight ``(groups, out)``
+        whose rows are filled up to whole groups. ``scale`` and ``zero`` are what they stand for.
     """
 
     codes: Tensor
@@ -137,6 +145,7 @@ class QuantizedTensor:
     zero: Tensor | None
     scheme: WeightScheme
     extras: tuple[Extra, ...] = ()
+    second: tuple[QuantizedTensor, QuantizedTensor] | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight ``(out, in)``: the only definition of what the stored values mean.
@@ -169,7 +178,10 @@ class QuantizedTensor:
         return replace(self, codes=torch.where(mask.view_as(codes), zero, codes).view_as(self.codes))
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
-        """Return rows ``start`` to ``stop`` as a tensor of their own."""
+        """Return rows ``start`` to ``stop`` as a tensor of their own.
+
+        It has a second level only if it begins with a whole group of outputs; else it can be read, but not stored.
+        """
         zero = None if self.zero is None else self.zero[start:stop].clone()
         return replace(
             self,
@@ -177,7 +189,34 @@ class QuantizedTensor:
             scale=self.scale[start:stop].clone(),
             zero=zero,
             extras=tuple(extra.rows(start, stop) for extra in self.extras),
+            second=None if self.second is None else _second_rows(self.second, start, stop),
         )
+
+
+def _second_rows(
+    second: tuple[QuantizedTensor, QuantizedTensor], start: int, stop: int
+) -> tuple[QuantizedTensor, QuantizedTensor] | None:
+    size = second[0].scheme.columns_per_scale(second[0].codes.shape[1])
+    if start % size:
+        return None
+    groups = slice(start // size, -(-stop // size))
+    columns = slice(groups.start * size, groups.stop * size)
+    scale, zero = (
+        replace(
+            q,
+            codes=q.codes[:, columns].clone(),
+            scale=q.scale[:, groups].clone(),
+            zero=None if q.zero is None else q.zero[:, groups].clone(),
+        )
+        for q in second
+    )
+    return scale, zero
+
+
+def first_level(second: tuple[QuantizedTensor, QuantizedTensor], rows: int) -> tuple[Tensor, Tensor]:
+    """Return scale float32 and zero point float16 ``(rows, groups)`` that a second level stands for."""
+    scale, zero = (q.dequantize()[:, :rows].T.contiguous() for q in second)
+    return scale, zero.half()
 
 
 def from_unsigned(codes: Tensor, zero: Tensor, scale: Tensor, bits: int) -> QuantizedTensor:

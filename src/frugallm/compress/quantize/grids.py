@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 
@@ -81,6 +82,24 @@ def fit(
     if scheme.symmetric:
         return fit_symmetric(weight, scheme), None
     return fit_asymmetric(weight, scheme)
+
+
+def fit_second_level(values: Tensor, scheme: WeightScheme) -> QuantizedTensor:
+    """Round scales or zero points ``(groups, out)`` on grids over their range, each of consecutive outputs of a group.
+
+    Rows are filled up to whole groups with their last value. A step is no finer than 1/2048 of the largest value: that
+    is what the float16 zero point of such a grid resolves.
+    """
+    padded = functional.pad(values[None], (0, -values.shape[1] % (scheme.group_size or 1)), mode="replicate")[
+        0
+    ]
+    chunks = grouped(padded, scheme)
+    low, high = chunks.amin(-1), chunks.amax(-1)
+    first, last = scheme.code_range
+    finest = torch.maximum(low.abs(), high.abs()) / 2048
+    step = stored(torch.maximum((high - low) / (last - first), finest), scheme)
+    zero = (first - low / step.float()).to(getattr(torch, scheme.zero_dtype))
+    return QuantizedTensor(encode(padded, step, zero, scheme), step, zero, scheme)
 
 
 def _candidates(weight: Tensor, scheme: WeightScheme) -> list[tuple[Tensor, Tensor | None]]:

@@ -8,7 +8,7 @@ others get (their own, or the nearest on a grid).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,26 @@ from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 
 #: Takes column ``j (out,)`` of the solve, and ``j``; returns the values that it gets.
 Values = Callable[[Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Reached:
+    """Groups of columns that are looked at as they are when the solve has come so far.
+
+    Attributes
+    ----------
+    due
+        Column of the solve to the groups that are looked at before it gets its values.
+    places
+        Where in the solve the columns of each group stand, ``(groups, columns)``.
+    look
+        ``look(group, values)`` takes the columns ``(columns, out)`` as they are by then.
+    """
+
+    due: Mapping[int, Sequence[int]]
+    places: Tensor
+    look: Callable[[int, Tensor], None]
+
 
 _ROWS = 512  # copied, or inverted without further cutting, at once
 
@@ -122,16 +142,16 @@ def compensate(
         the values that they have then are stored beside the codes.
     """
     width = weight.shape[1]
-    order = _order(second_moment, act_order, kept)
+    order = column_order(second_moment, act_order, kept)
     w, u = _begin(weight, second_moment, order, damp)
     s, z = scale.float().T.contiguous(), None if zero is None else zero.float().T.contiguous()
-    rounding = _Rounding(w, s, z, (order // scheme.columns_per_scale(width)).tolist(), scheme)
+    rounding = Rounding(w, s, z, (order // scheme.columns_per_scale(width)).tolist(), scheme)
     last = None if kept is None else _KeepLast(rounding, len(kept))
     zeros = _zeros(u, order, block_size, pruned, sparsity)
     with _one_thread():
         _solve_columns(w, u, last or rounding, zeros, block_size)
     extras = () if last is None else (Columns.of(order[last.first :], last.values),)
-    return QuantizedTensor(_restored(rounding.codes, order), scale, zero, scheme, extras)
+    return QuantizedTensor(restored(rounding.codes, order), scale, zero, scheme, extras)
 
 
 def prune_and_compensate(
@@ -163,15 +183,42 @@ def prune_and_compensate(
     Tensor
         ``(out, in)`` float32.
     """
-    order = _order(second_moment, act_order)
+    order = column_order(second_moment, act_order)
     w, u = _begin(weight, second_moment, order, damp)
     exact = _Exact(w)
     with _one_thread():
         _solve_columns(w, u, exact, _zeros(u, order, block_size, None, sparsity), block_size)
-    return _restored(exact.values, order)
+    return restored(exact.values, order)
 
 
-def _order(second_moment: Tensor, act_order: bool, last: Tensor | None = None) -> Tensor:
+def solve_columns(
+    weight: Tensor,
+    second_moment: Tensor,
+    order: Tensor,
+    choose: Callable[[Tensor, Tensor], tuple[Values, Reached]],
+    *,
+    damp: float = 0.01,
+    block_size: int = 128,
+    pruned: Tensor | None = None,
+) -> None:
+    """Run the column solve with values of the caller's choice.
+
+    Parameters
+    ----------
+    weight, second_moment, damp, block_size, pruned
+        As in :func:`compensate`.
+    order
+        Columns ``(in,)`` in the order in which they are solved.
+    choose
+        Is given ``W^T (in, out)`` and the factor ``U (in, in)`` in that order, and says which values columns get.
+    """
+    w, u = _begin(weight, second_moment, order, damp)
+    values, reached = choose(w, u)
+    with _one_thread():
+        _solve_columns(w, u, values, _zeros(u, order, block_size, pruned, None), block_size, reached)
+
+
+def column_order(second_moment: Tensor, act_order: bool, last: Tensor | None = None) -> Tensor:
     """Return the order in which columns are taken; the columns ``last`` come behind all others."""
     diagonal = second_moment.diagonal()
     order = (
@@ -191,7 +238,7 @@ def _begin(weight: Tensor, second_moment: Tensor, order: Tensor, damp: float) ->
     return w, u
 
 
-def _restored(solved: Tensor, order: Tensor) -> Tensor:
+def restored(solved: Tensor, order: Tensor) -> Tensor:
     """Return ``(in, out)`` in ``order`` as ``(out, in)`` from left to right."""
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
@@ -209,20 +256,26 @@ class _Exact:
         return column
 
 
-class _Rounding:
+class Rounding:
     """Every column goes to the nearest values on its group's grid: ``scale`` and ``zero (groups, out)`` of ``groups[j]``."""
 
     def __init__(
         self, w: Tensor, scale: Tensor, zero: Tensor | None, groups: list[int], scheme: WeightScheme
     ) -> None:
         self.scale, self.zero, self.groups, self.limits = scale, zero, groups, scheme.code_range
+        self.whole = scheme.zero_dtype == "int8"
         self.codes = torch.empty_like(w, dtype=torch.int8)
 
     def __call__(self, column: Tensor, j: int) -> Tensor:
+        """Return the values of column ``j`` of the solve."""
         s = self.scale[self.groups[j]]
-        q = (column / s).round_()
         z = None if self.zero is None else self.zero[self.groups[j]]
-        q = q.clamp_(*self.limits) if z is None else q.add_(z).clamp_(*self.limits)
+        if z is None:
+            q = (column / s).round_().clamp_(*self.limits)
+        elif self.whole:
+            q = (column / s).round_().add_(z).clamp_(*self.limits)
+        else:  # codes are whole, not their distance to the zero point
+            q = (column / s).add_(z).round_().clamp_(*self.limits)
         self.codes[j] = q
         return q * s if z is None else (q - z) * s
 
@@ -230,7 +283,7 @@ class _Rounding:
 class _KeepLast:
     """The last ``count`` columns keep the values that they have by then, as they are stored; the others are rounded."""
 
-    def __init__(self, rounding: _Rounding, count: int) -> None:
+    def __init__(self, rounding: Rounding, count: int) -> None:
         width, rows = rounding.codes.shape
         self.rounding, self.first = rounding, width - count
         self.values = torch.empty(count, rows)
@@ -285,7 +338,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _solve_columns(w: Tensor, u: Tensor, values: Values, zeros: _Zeros | None, block_size: int) -> None:
+def _solve_columns(
+    w: Tensor,
+    u: Tensor,
+    values: Values,
+    zeros: _Zeros | None,
+    block_size: int,
+    reached: Reached | None = None,
+) -> None:
     """Give the columns, rows of ``w (in, out)``, their values one after the other; ``u (in, in)`` is in the same order."""
     width, rows = w.shape
     for start in range(0, width, block_size):
@@ -294,6 +354,9 @@ def _solve_columns(w: Tensor, u: Tensor, values: Values, zeros: _Zeros | None, b
         mask = torch.empty(0)
         for i in range(stop - start):
             j = start + i
+            for group in () if reached is None else reached.due.get(j, ()):
+                places = reached.places[group]
+                reached.look(group, torch.addmm(w[places], u[start:j, places].T, error[:i], alpha=-1))
             if zeros is not None and i % zeros.span == 0:
                 end = min(j + zeros.span, stop)
                 now = torch.addmm(block[i : end - start], u[start:j, j:end].T, error[:i], alpha=-1)

@@ -1,0 +1,133 @@
+"""The column solve on grids that are fitted on the way, beside single entries that no grid has to cover."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from frugallm.compress.quantize.solvers import (
+    Reached,
+    Rounding,
+    Values,
+    column_order,
+    restored,
+    solve_columns,
+)
+from frugallm.formats.extras import KEPT, Entries
+from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
+
+#: Takes the columns ``(out, columns)`` of a group, the group's number, and what a squared error costs in each column
+#: ``(columns,)``; returns scale and zero point ``(out,)``, in the types in which they are stored.
+FitGroup = Callable[[Tensor, int, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def fit_and_compensate(
+    weight: Tensor,
+    second_moment: Tensor,
+    fit: FitGroup,
+    scheme: WeightScheme,
+    *,
+    limit: float | None = None,
+    early: bool = False,
+    damp: float = 0.01,
+    act_order: bool = True,
+    block_size: int = 128,
+    pruned: Tensor | None = None,
+) -> QuantizedTensor:
+    """Round as :func:`~frugallm.compress.quantize.solvers.compensate` does, fitting grids and sparing entries on the way.
+
+    With ``v`` the mean over columns of ``var(w_j) / U_jj^2``, a squared error in column *j* costs ``1 / (limit v
+    U_jj^2)`` (SpQR, arXiv 2306.03078, section 4). An entry whose rounding would cost more than 1 keeps the value that it
+    has by then, which is stored beside the codes.
+
+    Parameters
+    ----------
+    weight, second_moment, damp, act_order, block_size, pruned
+        As in ``compensate``.
+    fit
+        Called once for each group.
+    limit
+        ``None``: nothing costs anything, and no entry is kept.
+    early
+        Fit all groups to the weights as they were, instead of each when the first of its columns is reached.
+    """
+    fitting = _Fitting(
+        weight, column_order(second_moment, act_order), fit, scheme, limit, pruned, early=early
+    )
+    solve_columns(
+        weight,
+        second_moment,
+        fitting.order,
+        fitting.begin,
+        damp=damp,
+        block_size=block_size,
+        pruned=pruned,
+    )
+    return fitting.result()
+
+
+class _Fitting:
+    """The values of a solve whose grids are fitted on the way."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        order: Tensor,
+        fit: FitGroup,
+        scheme: WeightScheme,
+        limit: float | None,
+        pruned: Tensor | None,
+        *,
+        early: bool,
+    ) -> None:
+        rows, width = weight.shape
+        self.order, self.fit, self.scheme, self.limit, self.pruned = order, fit, scheme, limit, pruned
+        self.size = scheme.columns_per_scale(width)
+        self.places = order.argsort().view(-1, self.size)
+        self.due: dict[int, list[int]] = {}
+        for group, first in enumerate(self.places.amin(1).tolist()):
+            self.due.setdefault(0 if early else first, []).append(group)
+        groups = len(self.places)
+        self.scale = torch.empty(groups, rows, dtype=getattr(torch, scheme.scale_dtype))
+        self.zero = torch.empty(groups, rows, dtype=getattr(torch, scheme.zero_dtype))
+        self.values = torch.empty(width, rows)
+        self.spared = torch.zeros(width, rows, dtype=torch.bool)
+
+    def begin(self, w: Tensor, u: Tensor) -> tuple[Values, Reached]:
+        inverse = u.diagonal().square().reciprocal()
+        unit = (w.var(1, correction=0) * inverse).mean() * (self.limit or 0.0)
+        self.cost = inverse / unit if unit > 0 else torch.zeros_like(inverse)
+        # The solve reads scales in float32, and they change under it.
+        self.now = self.scale.float(), None if self.scheme.symmetric else self.zero.float()
+        groups = (self.order // self.size).tolist()
+        self.rounding = Rounding(w, *self.now, groups, self.scheme)
+        return self.value, Reached(self.due, self.places, self.look)
+
+    def look(self, group: int, values: Tensor) -> None:
+        columns = values.T.contiguous()
+        if self.pruned is not None:
+            columns.masked_fill_(self.pruned[:, group * self.size : (group + 1) * self.size], 0.0)
+        scale, zero = self.fit(columns, group, self.cost[self.places[group]])
+        self.scale[group] = scale
+        self.now[0][group] = scale.float()
+        if zero is not None and self.now[1] is not None:
+            self.zero[group] = zero
+            self.now[1][group] = zero.float()
+
+    def value(self, column: Tensor, j: int) -> Tensor:
+        rounded = self.rounding(column, j)
+        if self.limit is None:
+            return rounded
+        torch.gt((column - rounded).square_().mul_(self.cost[j]), 1.0, out=self.spared[j])
+        self.values[j] = column.to(KEPT)
+        return torch.where(self.spared[j], self.values[j], rounded)
+
+    def result(self) -> QuantizedTensor:
+        codes, spared, values = (
+            restored(found, self.order) for found in (self.rounding.codes, self.spared, self.values)
+        )
+        zero = None if self.scheme.symmetric else self.zero.T.contiguous()
+        extras = () if self.limit is None else (Entries.of(spared, values),)
+        return QuantizedTensor(codes, self.scale.T.contiguous(), zero, self.scheme, extras)
