@@ -188,6 +188,7 @@ def _prepare(
     progress.event("stage", text="reading the model")
     checkpoint = open_checkpoint(model, tokenizer)
     plan = make_plan(recipe.steps, checkpoint)
+    _check_dtype(plan, dtype)
     tokens, facts = None, None
     if needs_text(plan):
         tokens, facts = _calibration(checkpoint, text, samples, seq_len, seed)
@@ -209,6 +210,17 @@ def _prepare(
         HIDDEN_LIMIT if hidden_limit is None else hidden_limit,
     )
     return job, place
+
+
+def _check_dtype(plan: Any, dtype: str) -> None:
+    """Refuse a type of what is not compressed in which the result would not run."""
+    from frugallm.formats.engines import grids
+
+    if dtype != "bf16" and grids(plan) & {"mxfp4", "nvfp4"}:
+        raise ParameterError(
+            f"transformers decodes FP4 weights to bf16, and the rest would be stored in {dtype}",
+            "Leave dtype out, or use grid=fp4, which FrugalLM alone reads",
+        )
 
 
 def _note_engines(plan: Any, progress: Progress) -> None:

@@ -15,7 +15,7 @@ from frugallm.evaluate.machine import machine, versions
 from frugallm.evaluate.report import JobFacts, LayerError, ModelFacts, Report
 from frugallm.evaluate.speed import Rate
 from frugallm.formats import shards
-from frugallm.formats.engines import engines_for, loads_in_transformers, schemes
+from frugallm.formats.engines import engines_for, grids, loads_in_transformers, schemes
 from frugallm.formats.gguf_families import FAMILIES
 from frugallm.formats.gguf_transcode import type_for
 from frugallm.job import Job, Workplace, layer_facts
@@ -200,7 +200,8 @@ def how_to_load(job: Job, out: Path) -> dict[str, str]:
         devices = ", ".join(f"{r.device} ({r.version}, {r.seen})" for r in vllm)
         answers["vLLM"] = f"vllm serve {out}\n# {devices}"
     if job.checkpoint.config.model_type in FAMILIES:
-        kind, file = type_for(max(schemes(job.plan)[0])), out.with_name(f"{out.name}.gguf")
+        kind = "MXFP4" if grids(job.plan) == {"mxfp4"} else type_for(max(schemes(job.plan)[0]))
+        file = out.with_name(f"{out.name}.gguf")
         answers["llama.cpp"] = f"frugal export {out} --to gguf:{kind} --out {file}\nllama-cli -m {file}"
     for row in rows:
         if row.seen == "no" and row.engine not in answers:

@@ -112,7 +112,10 @@ def test_what_it_says_about_engines_is_what_the_table_says():
     ours = [row for row in table() if row.format == "compressed-tensors"]
     works = [row for row in ours if row.engine == "transformers" and row.seen != "no"]
     assert {(row.weights, row.tables, row.grids, row.modules) for row in works} == {
-        ((2, 3, 4, 5, 6, 7, 8, 16), (16, 8), ("symmetric",), ("Linear",))
+        ((2, 3, 4, 5, 6, 7, 8, 16), (16, 8), ("symmetric",), ("Linear",)),
+        ((2, 3, 4, 5, 6, 7, 8), (16, 8), ("symmetric",), ("Linear",)),
+        ((4,), (16, 8), ("mxfp4", "nvfp4"), ("Linear",)),
+        ((8,), (16, 8), ("fp8",), ("Linear",)),
     }
     assert {t for row in table() if row.engine == "vLLM" for t in row.tables} == {16}
     on_a_gpu = [row for row in table() if row.engine == "vLLM" and row.device != "CPU"]

@@ -99,3 +99,14 @@ def test_float32_scales_are_rounded_but_codes_stay():
 )
 def test_the_type_for_so_many_bits(bits, kind):
     assert type_for(bits) == kind
+
+
+@pytest.mark.parametrize("group_size", [32, 64])
+def test_fp4_with_powers_of_two_is_mxfp4_to_the_last_bit(group_size):
+    fields = {"grid": "e2m1", "scale_dtype": "float8_e8m0fnu"}
+    weight = torch.randn(5, 192, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 192)
+    q = round_to_nearest(weight, WeightScheme(bits=4, group_size=group_size, **fields))
+    assert torch.equal(decode(transcode(q, "MXFP4"), "MXFP4"), q.dequantize())
+    assert transcode(q, "Q4_0") is None
+    real = round_to_nearest(weight, WeightScheme(bits=4, group_size=32, grid="e2m1"))
+    assert transcode(real, "MXFP4") is None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from frugallm.formats import gguf_types as types
 from frugallm.formats.gguf_types import TYPES, block_size, decode, encode, fitting_type
 
-SEARCHED = [kind for kind in TYPES if kind not in types.PLAIN]
+SEARCHED = [kind for kind in TYPES if kind not in types.BY_PACKAGE]
 ENCODED_THERE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1"]
 K_TYPES = ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
@@ -84,8 +84,8 @@ def test_signed_parts_are_packed_as_the_package_reads_them(kind, pack, scale, co
     same(read(pack(d, s, q), kind), ((d.float()[:, None] * s)[..., None] * q.view(N, 16, 16)).view(N, -1))
 
 
-@pytest.mark.parametrize("kind", types.PLAIN)
-def test_types_that_leave_no_choice_are_the_packages(kind):
+@pytest.mark.parametrize("kind", types.BY_PACKAGE)
+def test_types_that_leave_little_choice_are_the_packages(kind):
     w = weights(5, 96)
     theirs = gguf.quants.quantize(w.numpy(), Kind[kind])
     assert encode(w, kind).tobytes() == theirs.tobytes()
@@ -170,7 +170,7 @@ def test_zeros_and_tiny_and_large_values_come_back_finite(kind):
     w[1], w[2, 3], w[3] = 1e-9, 6e4, -60000.0
     got = decode(encode(w, kind), kind)
     assert got.isfinite().all() and (got[0] == 0).all() and got[1].abs().max() < 1e-6
-    assert torch.allclose(got[3], w[3], rtol=0.15)
+    assert torch.allclose(got[3], w[3], rtol=0.2 if kind == "MXFP4" else 0.15)
 
 
 @settings(max_examples=25, deadline=None)

@@ -105,11 +105,13 @@ def test_every_type_says_what_our_encoder_chose(kind, wide, tmp_path):
     assert np.array_equal(permute(key, 2), values["blk.0.attn_k.weight"])
     assert types["token_embd.weight"] == (kind if kind in ("F32", "F16", "BF16", "Q8_0") else "Q8_0")
     error = (dense_model(back)(IDS).logits - dense_model(source)(IDS).logits).square().mean().sqrt()
-    assert error < {"2": 2, "3": 1, "4": 0.7}.get(kind.removeprefix("I")[1], 0.3)
+    assert error < {"2": 2, "3": 1, "4": 0.7}.get(kind.removeprefix("I").replace("MXFP", "Q")[1], 0.3)
     assert (
         back.facts["general.file_type"]
         == gguf.LlamaFileType[
-            {"F32": "ALL_F32"}.get(kind, f"MOSTLY_{kind}" + "_S" * (kind in ("Q3_K", "Q4_K", "Q5_K")))
+            {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}.get(
+                kind, f"MOSTLY_{kind}" + "_S" * (kind in ("Q3_K", "Q4_K", "Q5_K"))
+            )
         ]
     )
 

@@ -365,8 +365,9 @@ def _weights_alone(scheme: LinearScheme) -> WeightScheme:
 
 def _note_group_size(step: Method, scheme: WeightScheme, widths: dict[str, int], notes: list[str]) -> None:
     default = getattr(step, "group_size", 0) is None and scheme.group_size not in (None, GROUP_SIZES[0])
-    if default:
-        name, width = next((n, w) for n, w in widths.items() if w % GROUP_SIZES[0])
+    odd = next(((n, w) for n, w in widths.items() if w % GROUP_SIZES[0]), None)
+    if default and odd is not None and scheme.grid == "int":
+        name, width = odd
         notes.append(
             f"{step.name()}: group_size {scheme.group_size}, as {name} has {width} inputs, no multiple of {GROUP_SIZES[0]}"
         )

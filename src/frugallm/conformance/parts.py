@@ -14,9 +14,10 @@ from torch import Tensor
 from frugallm.compress.contract import BlockMethod
 from frugallm.compress.plan import Plan
 from frugallm.compress.prune.unstructured.masks import Sparsity
-from frugallm.compress.quantize.grids import encode, round_to_nearest
+from frugallm.compress.quantize.grids import nearest_on, round_to_nearest
 from frugallm.compress.quantize.solvers import proxy_loss
 from frugallm.conformance.outcome import ensure
+from frugallm.formats.compressed_tensors import FLOAT_CONTAINERS, container
 from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.open import dense_model
@@ -91,8 +92,7 @@ def solver_is_no_worse_than_nearest(
         h = statistics["second_moment"]
         q = solve(weight, scheme, statistics)
         kept = weight.masked_fill(q.dequantize() == 0, 0.0) if prunes else weight
-        nearest = QuantizedTensor(encode(kept, q.scale, q.zero, scheme), q.scale, q.zero, scheme)
-        ours, plain = (proxy_loss(weight, one.dequantize(), h) for one in (q, nearest))
+        ours, plain = (proxy_loss(weight, one.dequantize(), h) for one in (q, nearest_on(q, kept)))
         ensure(ours <= plain * (1 + 1e-5), f"output error {ours:.4g}, rounding to nearest has {plain:.4g}")
 
 
@@ -240,6 +240,8 @@ def container_bytes(
     if weights.second is not None:
         codes = 4 * rows * -(-width * weights.bits // 32) + 16 if packed else rows * width
         return codes + 2 * second_level_bytes(weights.second, rows, groups) + static
+    if container(scheme) in FLOAT_CONTAINERS:
+        return rows * width * weights.bits // 8 + scale + 4 * weights.two_scales + static
     float_zero = 2 * rows * groups if weights.zero_dtype == "float16" else None
     if not packed:
         zero = 0 if weights.symmetric else float_zero or rows * groups

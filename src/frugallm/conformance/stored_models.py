@@ -9,6 +9,7 @@ from torch import Tensor
 
 from frugallm.conformance.outcome import CheckFailed, ensure
 from frugallm.conformance.trial import Run
+from frugallm.formats.outside import decode_in
 from frugallm.formats.stored import model_in_memory
 from frugallm.formats.verify import ROUNDED_INPUT_TOLERANCE, WEIGHT_ONLY_TOLERANCE, relative_error
 
@@ -46,6 +47,7 @@ def loads_outside_as_in_memory(run: Run, tokens: Tensor) -> None:
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(str(run.folder), dtype=torch.float32).eval()
+        decode_in(model, torch.float32)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise CheckFailed(f"plain transformers does not load it ({error})") from error
     finally:

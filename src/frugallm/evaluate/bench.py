@@ -123,17 +123,7 @@ class Bench:
             try:
                 compressed = self._compress(self.checkpoint, steps, self.calibration, out)
                 self._bits[digest] = _stored_bits(out)
-                name = " ".join(recipe.to_cli())
-                self._results[digest] = evaluate_all(
-                    {name: compressed},
-                    self._kept_reference(),
-                    self.windows,
-                    text=self.text,
-                    bos=self._bos,
-                    seed=self._seed,
-                    dtype=self._dtype,
-                    progress=self._progress,
-                )[name]
+                self._results[digest] = self._judge(" ".join(recipe.to_cli()), compressed)
             finally:
                 shutil.rmtree(out, ignore_errors=True)
         return self._results[digest]
@@ -146,6 +136,22 @@ class Bench:
         """Return the bits a weight of the linears that these steps compress, everything stored about them counted."""
         self.evaluate(*steps)
         return self._bits[Recipe(steps=steps).digest()]
+
+    def kl_of(self, name: str, model: Any) -> float:
+        """Return the mean KL (nats/token) to the original of a model or folder made by other means."""
+        return _value(self._judge(name, model), "kl")
+
+    def _judge(self, name: str, model: Any) -> Evaluation:
+        return evaluate_all(
+            {name: model},
+            self._kept_reference(),
+            self.windows,
+            text=self.text,
+            bos=self._bos,
+            seed=self._seed,
+            dtype=self._dtype,
+            progress=self._progress,
+        )[name]
 
     def compare(
         self, a: Evaluation, b: Evaluation, metric: Metric = "kl", share: float = 1.0

@@ -81,6 +81,7 @@ def _threshold(source: Decoded, schemes: Mapping[str, LinearScheme]) -> float:
     for path, scheme in schemes.items():
         weights, inputs = scheme.weights, scheme.activations
         int8 = weights.bits == 8 and weights.symmetric and weights.group_size is None and not weights.extras
+        int8 = int8 and weights.grid == "int"
         if not int8 or inputs is None or inputs.bits != 8 or inputs.outliers is None:
             raise ExportError(
                 f"{source.path}: the bitsandbytes format cannot hold {path} ({scheme.label()})",

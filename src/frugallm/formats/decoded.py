@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: Tensors that stand in the place of a weight, by the end of their names.
 PARTS = (
-    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
+    *("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale"),
     *compressed_tensors.SECOND_LEAVES,
     *extras.LEAVES,
     *rounded_inputs.LEAVES,
@@ -37,6 +37,7 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
     weights, inputs = group["weights"], group["input_activations"]
     activations = inputs and ActivationScheme(
         bits=inputs["num_bits"],
+        grid=inputs.get("grid", "int") if inputs["type"] == "int" else "e4m3",
         dynamic=inputs["dynamic"],
         outliers=inputs.get("outliers"),
         clusters=inputs.get("clusters"),
@@ -45,9 +46,13 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
 
 
 def _weights_of(arguments: Mapping[str, Any]) -> WeightScheme:
-    second = arguments.get("second")
+    second, bits = arguments.get("second"), arguments["num_bits"]
+    floats = {4: "e2m1", 8: "e4m3"}
+    scales = {"torch.uint8": "float8_e8m0fnu", "torch.float8_e4m3fn": "float8_e4m3fn"}
     return WeightScheme(
-        bits=arguments["num_bits"],
+        bits=bits,
+        grid=arguments.get("grid", "int") if arguments["type"] == "int" else floats[bits],
+        scale_dtype=scales.get(arguments.get("scale_dtype", ""), "bfloat16"),
         symmetric=arguments["symmetric"],
         group_size=arguments["group_size"],
         zero_dtype=arguments.get("zero_dtype", "int8"),
@@ -89,7 +94,8 @@ class Decoded(PackedFolder):
             g["format"] == "pack-quantized" and all(t.startswith("re:") for t in g["targets"]) for g in groups
         )
         own = any(
-            {"outliers", "clusters"} & {*(g["input_activations"] or ())} or "extras" in g["weights"]
+            {"outliers", "clusters", "grid"} & {*(g["input_activations"] or ())}
+            or {"extras", "grid"} & {*g["weights"]}
             for g in groups
         )
         return packed_table or own or any(not g["weights"]["symmetric"] for g in groups)
@@ -137,8 +143,9 @@ class Decoded(PackedFolder):
 
     def packed_shape(self, parts: Parts) -> tuple[int, int]:  # noqa: D102
         if "weight_shape" not in parts:
-            rows, width = parts.shape("weight")
-            return rows, width
+            halves = "weight_packed" in parts  # two codes of FP4 in a byte
+            rows, width = parts.shape("weight_packed" if halves else "weight")
+            return rows, 2 * width if halves else width
         rows, width = parts["weight_shape"].tolist()
         return rows, width
 

@@ -13,8 +13,12 @@ from pydantic import BaseModel, ConfigDict
 from frugallm.compress.plan import Modules, Plan
 from frugallm.formats.quantized_tensor import ActivationScheme, WeightScheme
 
-Inputs = Literal["none", "token", "static", "outliers", "clusters"]
-Grid = Literal["symmetric", "asymmetric", "float zero", "extras"]
+Inputs = Literal["none", "token", "static", "outliers", "clusters", "fp8 token", "fp8 static", "olive"]
+Grid = Literal["symmetric", "asymmetric", "float zero", "extras", "mxfp4", "nvfp4", "fp4", "fp8", "olive"]
+
+
+#: FP4 formats that have a name, by the type of their scales. Engines have kernels for groups of 32 and of 16.
+_FP4: dict[str, Grid] = {"float8_e8m0fnu": "mxfp4", "float8_e4m3fn": "nvfp4"}
 
 
 class Support(BaseModel):
@@ -61,6 +65,10 @@ def _kind(rounded: ActivationScheme | None) -> Inputs:
         return "outliers"
     if rounded.clusters is not None:
         return "clusters"
+    if rounded.grid == "olive":
+        return "olive"
+    if rounded.grid == "e4m3":
+        return "fp8 token" if rounded.dynamic else "fp8 static"
     return "token" if rounded.dynamic else "static"
 
 
@@ -84,6 +92,12 @@ def groups(plan: Plan) -> set[int]:
 def _grid(weights: WeightScheme) -> Grid:
     if weights.extras or weights.second is not None:
         return "extras"
+    if weights.grid == "olive":
+        return "olive"
+    if weights.grid == "e4m3":
+        return "fp8"
+    if weights.grid == "e2m1":
+        return _FP4.get(weights.scale_dtype, "fp4") if weights.group_size else "fp4"
     if weights.symmetric:
         return "symmetric"
     return "asymmetric" if weights.zero_dtype == "int8" else "float zero"

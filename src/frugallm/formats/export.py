@@ -279,7 +279,7 @@ def find_format(to: str) -> tuple[Format, str]:
     kinds = FORMATS[name].kinds()
     if kinds and not kind:
         raise ExportError(
-            f"{name} needs a type", f"For example {name}:{kinds[-4]}; known: {', '.join(kinds)}"
+            f"{name} needs a type", f"For example {name}:{kinds[-5]}; known: {', '.join(kinds)}"
         )
     if kind and kind.upper() not in kinds:
         hint = nearest(kind.upper(), kinds) if kinds else f"Write --to {name}"

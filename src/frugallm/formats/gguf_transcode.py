@@ -28,12 +28,15 @@ def transcode(q: QuantizedTensor, kind: str) -> np.ndarray | None:
 
     A symmetric grid is one of multiples of its scale, and so is an asymmetric one: ``s (code - zero)``. A type with a
     minimum holds any run of 16 or 32 such multiples; where the run may begin at several, one is taken whose product
-    with the scale float16 holds.
+    with the scale float16 holds. FP4 with scales that are powers of two is MXFP4.
     """
     rows, width = q.codes.shape
     columns = width // q.scale.shape[1]
     if columns % BLOCK or q.extras or (q.zero is not None and q.zero.is_floating_point()):
         return None
+    if q.scheme.grid != "int":
+        fits = kind == "MXFP4" and q.scheme.grid == "e2m1" and q.scheme.scale_dtype == "float8_e8m0fnu"
+        return _mxfp4(q).numpy().reshape(rows, -1) if fits else None
     multiples = q.codes.to(torch.int16)
     if q.zero is not None:
         multiples = multiples - q.zero.to(torch.int16).repeat_interleave(columns, 1)
@@ -55,6 +58,13 @@ def _signed(multiples: Tensor, scale: Tensor, bits: int) -> Tensor | None:
         stored = scale.half().view(-1, 1).view(torch.uint8)
         return torch.cat([stored, multiples.to(torch.int8).view(torch.uint8)], 1)
     return (pack_nibbles if bits == 4 else pack_five)([scale], multiples + half)
+
+
+def _mxfp4(q: QuantizedTensor) -> Tensor:
+    columns = q.codes.shape[1] // q.scale.shape[1]
+    exponent = q.scale.view(torch.uint8).repeat_interleave(columns // BLOCK, 1)  # of two, plus 127
+    codes = torch.where(q.codes < 0, 8 - q.codes, q.codes).view(-1, 2, BLOCK // 2).to(torch.uint8)
+    return torch.cat([exponent.reshape(-1, 1), codes[:, 0] | codes[:, 1] << 4], 1)
 
 
 def _with_minimum(multiples: Tensor, scale: Tensor, bits: int) -> Tensor | None:

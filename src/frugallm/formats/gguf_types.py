@@ -8,6 +8,7 @@ type                value of an entry     stored
 Q4_0, Q5_0, Q8_0    ``d q``               ``d`` per block; ``q`` of 4, 5 and 8 bits, signed
 Q4_1, Q5_1          ``d q + m``           ``d``, ``m`` per block; ``q`` of 4 and 5 bits, from 0
 IQ4_NL              ``d T[q]``            as Q4_0, with 16 values ``T`` that lie denser around zero
+MXFP4               ``2^e T[q]``          as Q4_0, with a whole ``e`` of 8 bits and the 16 values of FP4
 Q2_K, Q4_K, Q5_K    ``d s q - m b``       ``d``, ``m`` per block; ``s``, ``b`` per part of it (16 parts of 16 entries with 4
                                           bits each, or 8 parts of 32 with 6 bits); ``q`` of 2, 4 and 5 bits, from 0
 Q3_K, Q6_K          ``d s q``             ``d`` per block; ``s`` of 6 and 8 bits for each of 16 parts; ``q`` of 3 and 6
@@ -22,8 +23,8 @@ importance of the input channels: with their mean squares over a calibration tex
 layer's output as far as channels are uncorrelated; without, all channels count alike. Scales of parts are fitted in
 the same way a second time, to their own grid.
 
-F32, F16, BF16 and Q8_0 leave nothing to choose; they are written by the ``gguf`` package. The layouts are those of its
-``gguf.quants``, whose ``dequantize`` defines here what stored bytes mean.
+F32, F16, BF16 and Q8_0 leave nothing to choose, and MXFP4 little: they are written by the ``gguf`` package. The layouts are
+those of its ``gguf.quants``, whose ``dequantize`` defines here what stored bytes mean.
 """
 
 from __future__ import annotations
@@ -40,9 +41,11 @@ from torch import Tensor
 #: Types that a file may be asked for, from large to small.
 TYPES = (
     *("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL"),
-    *("Q3_K", "Q2_K"),
+    *("MXFP4", "Q3_K", "Q2_K"),
 )
 PLAIN = ("F32", "F16", "BF16", "Q8_0")
+#: Written by the ``gguf`` package.
+BY_PACKAGE = (*PLAIN, "MXFP4")
 #: What llama.cpp takes where a row is no multiple of a type's block.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 LARGEST_HALF = 65504.0
@@ -86,7 +89,7 @@ def encode(weight: Tensor, kind: str, importance: Tensor | None = None) -> np.nd
         ``(rows, bytes)`` uint8.
     """
     rows, width = weight.shape
-    if kind in PLAIN:
+    if kind in BY_PACKAGE:
         stored = quantize(weight.numpy(), GGMLQuantizationType[kind])
         return np.ascontiguousarray(stored).view(np.uint8).reshape(rows, -1)
     entries, size = block_size(kind)

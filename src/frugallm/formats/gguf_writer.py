@@ -43,6 +43,7 @@ TABLES = "Q8_0"
 UNQUANTIZED = ("ffn_gate_inp", "position_embd")
 #: What ``general.file_type`` calls a file whose linears are of a type.
 FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S", "Q3_K": "MOSTLY_Q3_K_S"}
+FILE_TYPES["MXFP4"] = "MOSTLY_MXFP4_MOE"
 _ENTRIES_COMPARED = 2**20
 
 

@@ -36,6 +36,17 @@ def watch_blocks(model: Any, outputs: list[Any]) -> list[Any]:
     return [layer.register_forward_hook(keep) for layer in layers]
 
 
+def decode_in(model: Any, dtype: Any) -> None:
+    """Decode the weights of a model in the compressed-tensors format now, and take them to ``dtype``.
+
+    It would decode at the first call; FP4 it decodes to bf16, whatever type the model was to be loaded in.
+    """
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        compressor.decompress_model(model)
+        model.to(dtype)
+
+
 def measure_speed(model: Any, ids: Any, decode: int, runs: int) -> dict[str, Any]:
     """Return tokens per second of prefill and decode with plain ``generate`` machinery, each run's value."""
     import torch
@@ -74,6 +85,8 @@ def main(request_file: str, answer_file: str) -> None:
         start = time.perf_counter()
         kwargs = {} if dtype is None else {"dtype": getattr(torch, dtype)}
         model = AutoModelForCausalLM.from_pretrained(request["folder"], **kwargs).eval()
+        if dtype is not None:
+            decode_in(model, getattr(torch, dtype))
         ids = torch.tensor(request["ids"])
         with torch.inference_mode():
             outputs: list = []

@@ -117,6 +117,8 @@ def _one_scheme(source: Decoded, schemes: Mapping[str, Any], target: Target) -> 
             reason = "no place for rounded inputs"
         elif weights.zero_dtype != "int8":
             reason = "whole zero points only"
+        elif weights.grid != "int":
+            reason = "integers only"
         elif weights.extras:
             reason = "codes and nothing beside them"
         elif weights.bits not in target.bits:

@@ -7,28 +7,35 @@ and codes are never derived again from rounded weights.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from frugallm.formats import levels
 from frugallm.formats.extras import Extra
+
+#: Types of scales that are worth a word.
+SCALE_LABELS = {"float8_e4m3fn": ", e4m3 scales", "float8_e8m0fnu": ", scales powers of two"}
 
 
 class WeightScheme(BaseModel):
-    """How the weights ``(out, in)`` of a linear are stored: integers, with one scale a row or a group of a row.
+    """How the weights ``(out, in)`` of a linear are stored: codes on a grid, with one scale a row or a group of a row.
 
     Attributes
     ----------
     bits
         Bits per code, 2 to 8.
+    grid
+        Which numbers codes stand for: the integers, or those of :mod:`frugallm.formats.levels`.
     symmetric
         Codes in ``[-2^(b-1), 2^(b-1) - 1]`` and no zero point, or with an integer zero point per group.
     group_size
         Consecutive input columns that share a scale; ``None``: the whole row.
     scale_dtype
-        Type in which scales are stored; they are rounded to it before codes are computed.
+        Type in which scales are stored; they are rounded to it before codes are computed. Those in ``float8_e4m3fn``
+        are in units of one scale a tensor (``QuantizedTensor.unit``); ``float8_e8m0fnu`` are powers of two.
     zero_dtype
         Type of the zero points of an asymmetric grid: ``int8``, values on the grid of the codes, which are packed as
         the codes are; or ``float16``, which lets the grid begin anywhere.
@@ -42,6 +49,7 @@ class WeightScheme(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: int = Field(ge=2, le=8)
+    grid: levels.Grid = "int"
     symmetric: bool = True
     group_size: int | None = None
     scale_dtype: str = "bfloat16"
@@ -49,10 +57,41 @@ class WeightScheme(BaseModel):
     extras: tuple[str, ...] = ()
     second: WeightScheme | None = None
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.grid != "int" and not (self.symmetric and self.bits == levels.BITS[self.grid]):
+            raise ValueError(f"grid {self.grid} is symmetric and has {levels.BITS[self.grid]} bits")
+        return self
+
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code."""
+        if self.grid != "int":
+            return levels.code_range(self.grid)
         return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+
+    @property
+    def reach(self) -> float:
+        """Where on the grid the largest magnitude of a group is put."""
+        return (2**self.bits - 1) / 2 if self.grid == "int" else levels.LARGEST[self.grid]
+
+    @property
+    def two_scales(self) -> bool:
+        """Whether the scales of groups are in units of one scale a tensor."""
+        return self.scale_dtype == "float8_e4m3fn"
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Return the codes of the grid values nearest to ``x``, in units of the scale and without zero point.
+
+        May change its argument; the type of the result is any that holds them.
+        """
+        if self.grid != "int":
+            return levels.nearest_codes(x, self.grid)
+        return x.round_().clamp_(*self.code_range)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return what codes stand for, float32, in units of the scale and without zero point."""
+        return codes.float() if self.grid == "int" else levels.values_of(codes, self.grid)
 
     def columns_per_scale(self, width: int) -> int:
         """Return how many of ``width`` columns share one scale."""
@@ -69,16 +108,20 @@ class WeightScheme(BaseModel):
         """Return a short name such as ``W4 g64 symmetric``."""
         group = f"g{self.group_size}" if self.group_size else "per row"
         kind = "symmetric" if self.symmetric else "asymmetric"
+        if self.grid != "int":
+            kind = self.grid + SCALE_LABELS.get(self.scale_dtype, "")
         zero = "" if self.zero_dtype == "int8" else ", float zero"
         second = "" if self.second is None else f", scales in {self.second.bits} bits"
         return f"W{self.bits} {group} {kind}{zero}{second}{''.join(f' + {kind}' for kind in self.extras)}"
 
 
 class ActivationScheme(BaseModel):
-    """How a linear's input is rounded at run time: symmetric integers, one scale a tensor (static) or a token (dynamic).
+    """How a linear's input is rounded at run time: symmetric, one scale a tensor (static) or a token (dynamic).
 
     Attributes
     ----------
+    grid
+        Which numbers codes stand for: the integers, or those of :mod:`frugallm.formats.levels`.
     outliers
         Magnitude from which on a value is an outlier: channels with one in any token of the call are not rounded, and
         the scales of tokens cover the other values. ``None``: everything is rounded. Only with one scale a token.
@@ -90,15 +133,30 @@ class ActivationScheme(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     bits: int = Field(8, ge=4, le=8)
+    grid: levels.Grid = "int"
     dynamic: bool = True
     outliers: float | None = Field(None, gt=0)
     clusters: int | None = Field(None, ge=1, le=256)
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.grid != "int" and (self.bits != levels.BITS[self.grid] or self.outliers is not None):
+            raise ValueError(f"grid {self.grid} has {levels.BITS[self.grid]} bits and no outliers beside it")
+        if self.grid == "olive" and self.dynamic:
+            raise ValueError("grid olive has one scale a tensor: that of a token is not known to the decoder")
+        return self
+
+    @property
+    def reach(self) -> float:
+        """Where on the grid the largest magnitude is put."""
+        return (2**self.bits - 1) / 2 if self.grid == "int" else levels.LARGEST[self.grid]
+
     def label(self) -> str:
         """Return a short name such as ``A8 per token``."""
+        kind = "" if self.grid == "int" else f" {self.grid}"
         kept = "" if self.outliers is None else f" beside outliers from {self.outliers:g}"
         grids = "" if self.clusters is None else f", {self.clusters} clusters"
-        return f"A{self.bits} {'per token' if self.dynamic else 'static'}{kept}{grids}"
+        return f"A{self.bits}{kind} {'per token' if self.dynamic else 'static'}{kept}{grids}"
 
 
 class LinearScheme(BaseModel):
@@ -138,6 +196,8 @@ class QuantizedTensor:
     second
         Where the scheme has a second level: scale and zero point as they are stored, each a weight ``(groups, out)``
         whose rows are filled up to whole groups. ``scale`` and ``zero`` are what they stand for.
+    unit
+        ``(1,)`` float32 by which scales are divided, if the scheme has ``two_scales``. It is a power of two.
     """
 
     codes: Tensor
@@ -146,11 +206,12 @@ class QuantizedTensor:
     scheme: WeightScheme
     extras: tuple[Extra, ...] = ()
     second: tuple[QuantizedTensor, QuantizedTensor] | None = None
+    unit: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight ``(out, in)``: the only definition of what the stored values mean.
 
-        That is ``scale * (codes - zero)``, and then the extras one after the other.
+        That is what the codes stand for (:meth:`on_grid`), and then the extras one after the other.
         """
         weight = self.on_grid()
         for extra in self.extras:
@@ -158,13 +219,14 @@ class QuantizedTensor:
         return weight.to(dtype)
 
     def on_grid(self) -> Tensor:
-        """Return ``scale * (codes - zero)``, ``(out, in)`` float32, without the extras."""
+        """Return ``scale * (value of the code - zero)``, ``(out, in)`` float32, without the extras."""
         rows, width = self.codes.shape
         groups = self.scale.shape[1]
-        grouped = self.codes.view(rows, groups, width // groups).float()
+        grouped = self.scheme.values(self.codes).view(rows, groups, width // groups)
         if self.zero is not None:
             grouped = grouped - self.zero.float()[..., None]
-        return (grouped * self.scale.float()[..., None]).view(rows, width)
+        scale = self.scale.float() if self.unit is None else self.scale.float() / self.unit
+        return (grouped * scale[..., None]).view(rows, width)
 
     def plus(self, extra: Extra) -> QuantizedTensor:
         """Return the same with one more extra, of the kind that the scheme names next."""
@@ -175,6 +237,8 @@ class QuantizedTensor:
         groups = self.scale.shape[1]
         zero = torch.zeros((), dtype=torch.int8) if self.zero is None else self.zero[..., None].to(torch.int8)
         codes = self.codes.view(len(self.codes), groups, -1)
+        if self.scheme.grid != "int":  # not every zero has the code of zero
+            mask = mask & (self.scheme.values(self.codes) != 0)
         return replace(self, codes=torch.where(mask.view_as(codes), zero, codes).view_as(self.codes))
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
@@ -190,6 +254,7 @@ class QuantizedTensor:
             zero=zero,
             extras=tuple(extra.rows(start, stop) for extra in self.extras),
             second=None if self.second is None else _second_rows(self.second, start, stop),
+            unit=None if self.unit is None else self.unit.clone(),
         )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from frugallm.formats import levels
 from frugallm.formats.quantized_tensor import ActivationScheme
 
 if TYPE_CHECKING:
@@ -25,8 +26,9 @@ LEAVES = ("input_scale", "input_clusters", "input_zero_point")
 def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[str, Tensor]) -> Tensor:
     """Round ``x (..., in)`` as engines do at run time: symmetric, one scale a tensor (stored) or a token (from ``x``).
 
-    The scale of a token covers its largest magnitude with ``(2^b - 1) / 2`` codes, as in compressed-tensors; beside
-    outliers with ``2^(b-1) - 1``, as in bitsandbytes. With clusters, each channel has the grid of its cluster.
+    The scale of a token puts its largest magnitude on ``(2^b - 1) / 2``, or on the largest value of a float grid, as in
+    compressed-tensors; beside outliers on ``2^(b-1) - 1``, as in bitsandbytes. With clusters, each channel has the
+    grid of its cluster.
     """
     last = 2 ** (scheme.bits - 1) - 1
     if scheme.clusters is not None:
@@ -34,10 +36,12 @@ def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[s
     if scheme.outliers is not None:
         return _round_beside_outliers(x, scheme.outliers, last)
     if scheme.dynamic:
-        scale = x.float().abs().amax(-1, keepdim=True) / ((2**scheme.bits - 1) / 2)
+        scale = x.float().abs().amax(-1, keepdim=True) / scheme.reach
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     else:
         scale = parameters["input_scale"]
+    if scheme.grid != "int":
+        return (levels.nearest_values(x.float() / scale, scheme.grid) * scale).to(x.dtype)
     return ((x.float() / scale).round_().clamp_(-last - 1, last) * scale).to(x.dtype)
 
 
@@ -68,7 +72,7 @@ def _round_beside_outliers(x: Tensor, threshold: float, last: int) -> Tensor:
 
 def static_scale(absmax: Tensor, scheme: ActivationScheme) -> Tensor:
     """Return the one scale ``(1,)`` float32 of a static input with channel maxima ``absmax (in,)``."""
-    return (absmax.max().clamp(min=1e-8) / ((2**scheme.bits - 1) / 2)).reshape(1)
+    return (absmax.max().clamp(min=1e-8) / scheme.reach).reshape(1)
 
 
 def round_inputs(linear: nn.Module, scheme: ActivationScheme, parameters: Mapping[str, Tensor]) -> None:

@@ -147,6 +147,8 @@ def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    from frugallm.formats.outside import decode_in
+
     for file in weight_files(folder):
         open_safetensors(folder / file)
     try:
@@ -154,10 +156,8 @@ def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
             )
-            compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
-            if compressor is not None:
-                # compressed-tensors would wait for a call of the whole model; its decoder may be called alone.
-                compressor.decompress_model(model)
+            # compressed-tensors would wait for a call of the whole model; its decoder may be called alone.
+            decode_in(model, dtype)
     except (
         OSError,
         ValueError,

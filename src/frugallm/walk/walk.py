@@ -310,7 +310,8 @@ class Walk:
     def _solve_site(self, done: SolvedBlock, site: Site, statistics: Statistics) -> None:
         """Solve the linears of ``site``; where statistics are used, those with one plan are solved as one weight.
 
-        Where rows are independent of each other that changes nothing but the time: one factor serves them all.
+        Where rows are independent of each other that changes nothing but the time: one factor serves them all. Scales
+        of a tensor are shared then, as engines that join such linears want it.
         """
         block = done.block
         together: dict[tuple[Any, ...], list[str]] = {}
@@ -326,7 +327,8 @@ class Walk:
                     inputs[key] = self._input_parameters(block.full_name(path), work, statistics)
                 if (parameters := inputs[key]) is not None:
                     done.inputs[path] = {leaf: tensor.clone() for leaf, tensor in parameters.items()}
-                shared = work.needs and all(step.by_rows for step in work.steps)
+                one_unit = plan is not None and plan.scheme.weights.two_scales
+                shared = (work.needs or one_unit) and all(step.by_rows for step in work.steps)
                 together.setdefault((work.key, "" if shared else path), []).append(path)
         for paths in together.values():
             for some in _at_once(paths, block):

@@ -32,6 +32,7 @@ the order. Without it GPTQ lost to plain rounding on SmolLM2-135M although its p
 those of the model as stored up to and including the linears before this one in the same block ("true sequential").
 Symmetric by default, as engines load that everywhere. ``search="mse"`` (the code's ``mse``, here with the input's mean
 square as weight, and with either sign of the scale) is the default; ``search="minmax"`` is the paper's plain range.
+``grid`` takes other grids than integers: only (2) changes.
 
 References
 ----------
@@ -42,13 +43,15 @@ code https://github.com/IST-DASLab/gptq.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from frugallm.compress.contract import BlockMethod, resolve_group_size
-from frugallm.compress.quantize.grids import fit
+from frugallm.compress.contract import BlockMethod
+from frugallm.compress.quantize.grids import fit, in_units
+from frugallm.compress.quantize.number_formats import DESCRIPTION, NumberFormat, scheme_for
 from frugallm.compress.quantize.rtn import RTN
 from frugallm.compress.quantize.solvers import compensate
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
@@ -84,22 +87,30 @@ class GPTQ(BlockMethod):
         description="input columns that share one scale; -1: the whole row; null: 128 or what fits",
     )
     symmetric: bool = Field(True, description="no zero point")
+    grid: NumberFormat = Field("int", description=DESCRIPTION)
     damp: float = Field(0.01, ge=0, le=1, description="added to the diagonal of H, as a fraction of its mean")
     act_order: bool = Field(True, description="take columns in order of decreasing H_jj, with static groups")
     search: Literal["minmax", "mse"] = Field("mse", description="how a group's range is chosen")
 
     def weights(self, widths: Mapping[str, int]) -> WeightScheme:
         """Return the grid for linears of these widths."""
-        group = resolve_group_size(self.name(), self.group_size, widths)
-        return WeightScheme(bits=self.bits, symmetric=self.symmetric, group_size=group)
+        return scheme_for(
+            self.name(),
+            self.grid,
+            widths,
+            bits=self.bits,
+            symmetric=self.symmetric,
+            group_size=self.group_size,
+        )
 
     def solve(
         self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]
     ) -> QuantizedTensor:
         """Solve ``weight`` ``(out, in)``, eq. (1) to (3)."""
         h = statistics["second_moment"]
+        weight, unit = in_units(weight, scheme)
         scale, zero = fit(weight, scheme, self.search, importance=h.diagonal())
-        return compensate(
+        q = compensate(
             weight,
             h,
             scale,
@@ -109,6 +120,7 @@ class GPTQ(BlockMethod):
             act_order=self.act_order,
             pruned=statistics.get("pruned"),
         )
+        return replace(q, unit=unit)
 
     @classmethod
     def claim(cls, bench: Bench) -> Claim:

@@ -16,6 +16,10 @@ Asymmetric, with ``l = min(w, 0)`` and ``h = max(w, 0)``::
 
     s = (h - l) / (2^b - 1),  z = round(-2^(b-1) - l / s),  w' = s (q - z)
 
+On a float grid, whose largest value is ``m`` (6 in FP4, 448 in FP8)::
+
+    s = max |w| / m,   w' = s nearest(w / s)
+
 When to use it
 --------------
 At 8 bits it is as good as anything. At 4 bits and below prefer ``gptq``.
@@ -27,11 +31,14 @@ Seconds; no calibration text; memory of one block.
 Differences from the paper
 --------------------------
 There is no single paper. ``search="mse"`` tries 17 narrower ranges per group as GPTQ's reference code can (``mse``);
-the baseline of all claims is ``search="minmax"``.
+the baseline of all claims is ``search="minmax"``. In ``mxfp4`` the scale is rounded up to a power of two, so nothing is
+cut off; compressed-tensors rounds down where at most a seventh would be. In ``nvfp4`` the one scale a tensor is a power
+of two, so that products of both scales are exact in bf16.
 
 References
 ----------
-The grids are those of compressed-tensors (https://github.com/vllm-project/compressed-tensors).
+The grids are those of compressed-tensors (https://github.com/vllm-project/compressed-tensors). MXFP4: OCP Microscaling
+Formats 1.0. NVFP4: NVIDIA, 2025.
 """
 
 from __future__ import annotations
@@ -42,8 +49,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from frugallm.compress.contract import BlockMethod, resolve_group_size
+from frugallm.compress.contract import BlockMethod
 from frugallm.compress.quantize.grids import round_to_nearest
+from frugallm.compress.quantize.number_formats import DESCRIPTION, NumberFormat, scheme_for
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 from frugallm.method import Card, Claim
 
@@ -69,12 +77,19 @@ class RTN(BlockMethod):
         description="input columns that share one scale; -1: the whole row; null: 128 or what fits",
     )
     symmetric: bool = Field(True, description="no zero point")
+    grid: NumberFormat = Field("int", description=DESCRIPTION)
     search: Literal["minmax", "mse"] = Field("minmax", description="how a group's range is chosen")
 
     def weights(self, widths: Mapping[str, int]) -> WeightScheme:
         """Return the grid for linears of these widths."""
-        group = resolve_group_size(self.name(), self.group_size, widths)
-        return WeightScheme(bits=self.bits, symmetric=self.symmetric, group_size=group)
+        return scheme_for(
+            self.name(),
+            self.grid,
+            widths,
+            bits=self.bits,
+            symmetric=self.symmetric,
+            group_size=self.group_size,
+        )
 
     def solve(
         self, weight: Tensor, scheme: WeightScheme, statistics: Mapping[str, Tensor]

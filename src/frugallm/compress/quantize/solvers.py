@@ -262,22 +262,24 @@ class Rounding:
     def __init__(
         self, w: Tensor, scale: Tensor, zero: Tensor | None, groups: list[int], scheme: WeightScheme
     ) -> None:
-        self.scale, self.zero, self.groups, self.limits = scale, zero, groups, scheme.code_range
+        self.scale, self.zero, self.groups, self.scheme = scale, zero, groups, scheme
         self.whole = scheme.zero_dtype == "int8"
         self.codes = torch.empty_like(w, dtype=torch.int8)
 
     def __call__(self, column: Tensor, j: int) -> Tensor:
         """Return the values of column ``j`` of the solve."""
         s = self.scale[self.groups[j]]
-        z = None if self.zero is None else self.zero[self.groups[j]]
-        if z is None:
-            q = (column / s).round_().clamp_(*self.limits)
-        elif self.whole:
-            q = (column / s).round_().add_(z).clamp_(*self.limits)
+        if self.zero is None:
+            q = self.scheme.nearest(column / s)
+            self.codes[j] = q
+            return self.scheme.values(q) * s
+        z, limits = self.zero[self.groups[j]], self.scheme.code_range
+        if self.whole:
+            q = (column / s).round_().add_(z).clamp_(*limits)
         else:  # codes are whole, not their distance to the zero point
-            q = (column / s).add_(z).round_().clamp_(*self.limits)
+            q = (column / s).add_(z).round_().clamp_(*limits)
         self.codes[j] = q
-        return q * s if z is None else (q - z) * s
+        return (q - z) * s
 
 
 class _KeepLast:
