@@ -17,6 +17,8 @@ from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.compress.quantize.llm_int8 import LLMInt8
 from frugallm.compress.quantize.rtn import RTN
 from frugallm.compress.quantize.smoothquant import SmoothQuant
+from frugallm.compress.quantize.spqr import SpQR
+from frugallm.conformance.parts import example
 from frugallm.conformance.stored_models import loads_outside_as_in_memory
 from frugallm.conformance.trial import carry_out, job_for, random_model, windows
 from frugallm.errors import RecipeError
@@ -247,4 +249,17 @@ def test_stored_bytes_are_those_of_the_container(bits, group, symmetric, rows):
     scheme = WeightScheme(bits=bits, group_size=group, symmetric=symmetric)
     q = round_to_nearest(random_weight(rows, 96, 0), scheme)
     tensors = encode_linear("x", q, LinearScheme(weights=scheme))
+    assert scheme.stored_bytes(rows, 96) == sum(t.nbytes for n, t in tensors.items() if "shape" not in n)
+
+
+@pytest.mark.parametrize("rows", [16, 37])
+def test_stored_bytes_count_scales_that_are_codes_themselves(rows):
+    from frugallm.formats.compressed_tensors import encode_linear
+    from frugallm.formats.quantized_tensor import LinearScheme
+
+    step = SpQR(threshold=None)
+    weight, statistics = example(rows, 96, step.solve_needs)
+    scheme = step.weights({"x": 96})
+    assert scheme.second is not None
+    tensors = encode_linear("x", step.solve(weight, scheme, statistics), LinearScheme(weights=scheme))
     assert scheme.stored_bytes(rows, 96) == sum(t.nbytes for n, t in tensors.items() if "shape" not in n)

@@ -98,11 +98,15 @@ class WeightScheme(BaseModel):
         return self.group_size or width
 
     def stored_bytes(self, rows: int, width: int) -> int:
-        """Return the bytes of codes, scales and zero points of a weight ``(rows, width)``; rows end on whole words."""
+        """Return the bytes of codes, scales and zero points of a weight ``(rows, width)``; extras are not counted."""
+        codes = 4 * rows * -(-width * self.bits // 32)  # rows end on whole words
         groups = width // self.columns_per_scale(width)
+        if self.second is not None:  # scales and zero points are two weights (groups, rows), rows filled up
+            filled = -(-rows // self.second.columns_per_scale(rows)) * self.second.columns_per_scale(rows)
+            return codes + 2 * self.second.stored_bytes(groups, filled)
         scales = rows * groups * getattr(torch, self.scale_dtype).itemsize
         zeros = 2 * rows if self.zero_dtype == "float16" else 4 * -(-rows * self.bits // 32)
-        return 4 * rows * -(-width * self.bits // 32) + scales + (0 if self.symmetric else groups * zeros)
+        return codes + scales + (0 if self.symmetric else groups * zeros)
 
     def label(self) -> str:
         """Return a short name such as ``W4 g64 symmetric``."""

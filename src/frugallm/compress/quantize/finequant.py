@@ -141,19 +141,11 @@ class FineQuant(BlockMethod):
 
     def _beside_one_size(self, bench: Bench) -> dict[str, object]:
         """Return bits per weight and KL of groups of one size, and what they would have at our bits per weight."""
-        from frugallm.choice import bits_per_weight
-
-        model, names = bench.checkpoint, bench.checkpoint.linears()
-        ours = bits_per_weight(
-            self.schemes(model, dict.fromkeys(names, WeightScheme(bits=self.bits)), {}), model
-        )
-        points: list[tuple[float, float]] = []
-        for size in [-1, *self.sizes(math.gcd(*bench.widths.values()))[1:]]:
-            scheme = WeightScheme(bits=self.bits, group_size=None if size == -1 else size)
-            found = bench.evaluate(RTN(bits=self.bits, group_size=size))
-            bits = bits_per_weight(dict.fromkeys(names, scheme), model)
-            points.append((bits, sum(found.kl_per_window) / len(found.kl_per_window)))
-        return {"bits_per_weight": ours, "one_size": points, "one_size_at_our_bits": between(points, ours)}
+        sizes = [-1, *self.sizes(math.gcd(*bench.widths.values()))[1:]]
+        uniform = [RTN(bits=self.bits, group_size=size) for size in sizes]
+        points = [(bench.stored_bits(step), bench.kl(step)) for step in uniform]
+        bits = bench.stored_bits(self)
+        return {"bits_per_weight": bits, "one_size": points, "one_size_at_our_bits": between(points, bits)}
 
 
 def between(points: list[tuple[float, float]], x: float) -> float:
