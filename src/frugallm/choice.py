@@ -154,7 +154,8 @@ def _note(plan: Plan, checkpoint: Checkpoint) -> str:
     forms = ", ".join(f"{label} ({count} linears)" for label, count in sorted(counts.items()))
     names = " and ".join(dict.fromkeys(step.name() for step in plan.choosers))
     bits = bits_per_weight(schemes, checkpoint)
-    return f"{names} chose {forms}: {bits:.3f} bits per weight, scales included"
+    counted = "scales included" + (", extras not" if any(s.extras for s in schemes.values()) else "")
+    return f"{names} chose {forms}: {bits:.3f} bits per weight, {counted}"
 
 
 def _lost_engines(asked: Plan, chosen: Plan) -> Iterator[str]:
