@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from frugallm.models import load
     from frugallm.progress import Progress
     from frugallm.recipe import Recipe
+    from frugallm.training.run import train
 
 __version__ = "0.1.0"
 
@@ -26,9 +27,10 @@ _HOME = {
     "load": "frugallm.models",
     "Progress": "frugallm.progress",
     "Recipe": "frugallm.recipe",
+    "train": "frugallm.training.run",
 }
 
-__all__ = ["Progress", "Recipe", "__version__", "load", "run"]
+__all__ = ["Progress", "Recipe", "__version__", "load", "run", "train"]
 
 
 def __getattr__(name: str) -> Any:

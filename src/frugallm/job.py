@@ -14,7 +14,7 @@ import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -95,6 +95,13 @@ def _walk_reads_text(plan: Plan) -> bool:
     return any(s.rewrite_needs for s in plan.rewrites) or any(w.needs or w.input_needs for w in works)
 
 
+class Identified(Protocol):
+    """Work that can say what decides its bytes."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+
+
 class Workplace:
     """The folder of unfinished work of one job."""
 
@@ -106,7 +113,7 @@ class Workplace:
         self.folder = self.path / "folder"
         self._begun: list[Path] | None = None  # folders that had to be made, if the work began here
 
-    def prepare(self, job: Job, *, resume: bool, overwrite: bool) -> bool:
+    def prepare(self, job: Identified, *, resume: bool, overwrite: bool) -> bool:
         """Make ready to work on ``job``; return ``False`` when it is finished already.
 
         Raises

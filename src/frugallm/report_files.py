@@ -45,9 +45,13 @@ def write_report_files(
 
 def manifest_of(job: Job, folder: Path) -> dict[str, Any]:
     """Return the deterministic facts: what was done to what, and the digests of what came out."""
+    return {"job": job.identity(), "files": file_digests(folder)}
+
+
+def file_digests(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file of a result that is not about it."""
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    digests = {p.name: _digest(p) for p in files if p.name not in (MANIFEST, MEASUREMENTS, PAGE, CARD)}
-    return {"job": job.identity(), "files": digests}
+    return {p.name: _digest(p) for p in files if p.name not in (MANIFEST, MEASUREMENTS, PAGE, CARD)}
 
 
 def _digest(path: Path) -> str:

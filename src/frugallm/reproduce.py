@@ -33,7 +33,7 @@ class Result(BaseModel):
     claim
         What came out.
     model, model_digest
-        The model and the SHA-256 of its weights.
+        The model and the SHA-256 of its weights; none of models that were trained for the claim.
     date, seconds
         When (UTC), and how long it took.
     machine, versions
@@ -147,8 +147,9 @@ def _result(method: type[Method], claim: Claim, bench: Bench, seconds: float) ->
         title=method.card.title,
         sentence=method.card.claim,
         claim=claim,
-        model=bench.model_name,
-        model_digest=bench.checkpoint.digest(),
+        model=claim.model or bench.model_name,
+        # A claim about training makes its models on the spot.
+        model_digest=bench.checkpoint.digest() if claim.model in ("", bench.model_name) else "",
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=round(seconds, 1),
         machine=machine(),

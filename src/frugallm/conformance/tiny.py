@@ -81,13 +81,14 @@ def tiny_bench(cache: Path) -> Bench:
     from frugallm.evaluate.bench import Bench
     from frugallm.models import open_checkpoint
     from frugallm.text import calibration_windows, evaluation_windows, open_text
+    from frugallm.training.bench import TrainingBench
 
     checkpoint = open_checkpoint(tiny_model(cache))
     checkpoint.name = NAME
     tokenizer, length = checkpoint.tokenizer, int(TRAINING["length"])
     calibration = calibration_windows(open_text(None, "calibrate"), tokenizer, CALIBRATION, length)
     windows = evaluation_windows(open_text(None, "evaluate"), tokenizer, HELD_OUT, length)
-    return Bench(checkpoint, calibration, windows, dtype="fp32")
+    return Bench(checkpoint, calibration, windows, dtype="fp32", training=TrainingBench("seconds"))
 
 
 def _digest(text: str) -> str:
@@ -99,20 +100,9 @@ def _digest(text: str) -> str:
 
 def train_tokenizer(documents: Sequence[str]) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer of ``SHAPE['vocab_size']`` tokens made from ``documents``."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from frugallm.training.students import train_tokenizer as bpe
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SHAPE["vocab_size"],
-        special_tokens=["<|end|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+    return bpe(documents, SHAPE["vocab_size"])
 
 
 def train(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> LlamaForCausalLM:

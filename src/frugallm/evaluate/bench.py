@@ -26,6 +26,7 @@ from frugallm.text import calibration_windows, evaluation_windows, leading_bos, 
 
 if TYPE_CHECKING:
     from frugallm.evaluate.evaluation import Source
+    from frugallm.training.bench import TrainingBench
 
 Metric = Literal["kl", "perplexity", "top1"]
 Compress = Callable[[Checkpoint, Sequence[Method], Tensor, Path], Any]
@@ -55,6 +56,9 @@ class Bench:
         Of the evaluation; see :func:`frugallm.evaluate.evaluate`.
     progress
         Where to report events of the evaluation.
+    training
+        Where methods that act while a model is trained are checked: small models of its own, not this one. On the same
+        texts, if not given.
 
     Attributes
     ----------
@@ -75,7 +79,15 @@ class Bench:
         dtype: Precision = "auto",
         seed: int = 0,
         progress: Progress | None = None,
+        training: TrainingBench | None = None,
     ) -> None:
+        from frugallm.training.bench import TrainingBench
+
+        self.training = training or TrainingBench(
+            text=None if isinstance(calibration, Tensor) else calibration,
+            eval_text=None if isinstance(windows, Tensor) else windows,
+            progress=progress,
+        )
         self.checkpoint = open_checkpoint(model)
         tokenizer = self.checkpoint.tokenizer
         self.text: TextFacts | None = None

@@ -56,10 +56,12 @@ def write_model(
     dtype: torch.dtype,
     encode: Encode,
     quantization: Mapping[str, Any] | None,
+    stem: str = "model",
 ) -> None:
     """Write a model, part by part, with what ``encode`` makes of each tensor.
 
-    ``dtype`` is the type of what is not quantized, ``quantization`` the ``quantization_config`` of ``config.json``.
+    ``dtype`` is the type of what is not quantized, ``quantization`` the ``quantization_config`` of ``config.json``,
+    ``stem`` the beginning of the names of the files of weights.
     """
     folder.mkdir(parents=True)
     family = checkpoint.family
@@ -75,7 +77,7 @@ def write_model(
         rest.update(encode(name, checkpoint.tensor(name)))
     shards.write_shard(folder / "final.part", to_files(family, rest))
     parts = [folder / f"{name}.part" for name in part_names(checkpoint)]
-    shards.merge(parts, folder)
+    shards.merge(parts, folder, stem=stem)
     for part in parts:
         part.unlink()
     shards.write_bytes(

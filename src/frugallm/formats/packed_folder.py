@@ -254,6 +254,7 @@ def reader_of(folder: Path) -> type[PackedFolder] | None:
     Folders in the compressed-tensors format are read here if ``frugal run`` wrote them.
     """
     from frugallm.formats.awq_layout import AWQFolder
+    from frugallm.formats.bitnet_layout import BitNetFolder, OneBitFolder
     from frugallm.formats.bitsandbytes_layout import BitsAndBytesFolder
     from frugallm.formats.decoded import Decoded, Own
     from frugallm.formats.gptq_layout import GPTQFolder
@@ -264,7 +265,15 @@ def reader_of(folder: Path) -> type[PackedFolder] | None:
     described = any(raw.get("model_type") in family.model_types for family in FAMILIES)
     if not described or (method == Decoded.method and not (folder / "manifest.json").is_file()):
         return None
-    readers: tuple[type[PackedFolder], ...] = (Decoded, Own, GPTQFolder, AWQFolder, BitsAndBytesFolder)
+    readers: tuple[type[PackedFolder], ...] = (
+        Decoded,
+        Own,
+        GPTQFolder,
+        AWQFolder,
+        BitsAndBytesFolder,
+        BitNetFolder,
+        OneBitFolder,
+    )
     return next((reader for reader in readers if reader.method == method), None)
 
 

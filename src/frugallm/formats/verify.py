@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ def ask_outside(
     prompt: str | None = None,
     answer_tokens: int = 48,
     speed: dict[str, Any] | None = None,
+    eager: bool = False,
 ) -> Outside:
     """Load ``folder`` in a process of its own with plain transformers and return what it computes.
 
@@ -52,6 +54,8 @@ def ask_outside(
         Label to type to load in; ``None`` is the default way.
     speed
         ``{"ids", "decode", "runs"}``: measure prefill of these ids and decoding of that many tokens.
+    eager
+        Run what ``transformers`` would compile first as it is written: the values are the same.
 
     Raises
     ------
@@ -72,7 +76,8 @@ def ask_outside(
         request.write_text(json.dumps(content))
         # -I: neither the current folder nor PYTHONPATH is on the path, so nothing of the caller's leaks in.
         command = [sys.executable, "-I", str(outside.__file__), str(request), str(reply)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, **({"TORCHDYNAMO_DISABLE": "1"} if eager else {})}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode != 0:
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
             raise JobError(

@@ -1,0 +1,171 @@
+"""The ``bitnet`` layout of ``transformers``, and ours of one bit: ternary or binary weights with one scale a matrix.
+
+============= ============================================================================================================
+``quant_method`` tensors of a linear ``<p>``
+============= ============================================================================================================
+bitnet        ``weight`` uint8 ``(out / 4, in)``: bits ``2i`` and ``2i + 1`` hold code + 1 of rows ``[i out/4, (i+1) out/4)``;
+              ``weight_scale (1,)``; with a norm inside, its gains ``rms_norm.weight (in,)``
+frugallm-     ``weight`` uint8 ``(out / 8, in)``: bit ``i`` is set where the code of rows ``[i out/8, (i+1) out/8)`` is +1 and
+bitnet        not -1; else as above, in ``frugallm.safetensors``
+============= ============================================================================================================
+
+What ``weight_scale`` means depends on ``linear_class``: ``autobitlinear`` multiplies by it (mean ``|W|``), ``bitlinear``
+divides (its inverse). The former multiplies the bias as well, so models with biases are written for the latter.
+
+Inputs are normalized if ``use_rms_norm`` says so, and rounded to 8 bits with one scale a token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from frugallm.errors import ModelError
+from frugallm.formats.packed_folder import FLOAT_SCALES, INTACT, PackedFolder, Parts
+from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+METHOD, ONE_BIT = "bitnet", "frugallm-bitnet"
+LinearClass = Literal["autobitlinear", "bitlinear"]
+#: Codes are -1, 0 and 1, or -1 and 1; the scale is that of the whole matrix, once for each row.
+SCHEME = WeightScheme(bits=2, scale_dtype="float32")
+EPS = 1e-5
+
+
+def round_tokens(x: Tensor) -> Tensor:
+    """Return ``x (..., in)`` rounded to 8 bits, one scale a token: 127 codes cover its largest magnitude."""
+    scale = 127 / x.float().abs().amax(-1, keepdim=True).clamp(min=EPS)
+    return ((x.float() * scale).round_().clamp_(-128, 127) / scale).to(x.dtype)
+
+
+def normalize(x: Tensor, gains: Tensor, eps: float) -> Tensor:
+    """Return ``x (..., in)`` divided by its root mean square, times ``gains (in,)``."""
+    return F.rms_norm(x.float(), x.shape[-1:], gains.float(), eps).to(x.dtype)
+
+
+def stored_scale(mean: Tensor, linear_class: LinearClass) -> Tensor:
+    """Return the scale ``()`` float32 that a mean magnitude becomes once it is stored in bf16."""
+    mean = mean.float().clamp(min=EPS)
+    if linear_class == "autobitlinear":
+        return mean.bfloat16().float()
+    return 1 / (1 / mean).bfloat16().float()
+
+
+def pack(codes: Tensor, bits: Literal[1, 2]) -> Tensor:
+    """Return codes ``(out, in)`` in ``(out bits / 8, in)`` uint8; ``out`` must be a multiple of ``8 / bits``."""
+    fields = 8 // bits
+    unsigned = ((codes + 1) if bits == 2 else (codes + 1) // 2).to(torch.uint8)
+    packed = torch.zeros(len(codes) // fields, codes.shape[1], dtype=torch.uint8)
+    for i, rows in enumerate(unsigned.view(fields, -1, codes.shape[1])):
+        packed |= rows << (bits * i)
+    return packed
+
+
+def unpack(packed: Tensor, bits: Literal[1, 2]) -> Tensor:
+    """Return what :func:`pack` packed, ``(out, in)`` int8."""
+    fields = [(packed >> (bits * i)) & (2**bits - 1) for i in range(8 // bits)]
+    unsigned = torch.cat(fields).to(torch.int8)
+    return unsigned - 1 if bits == 2 else 2 * unsigned - 1
+
+
+def encode_linear(
+    path: str, q: QuantizedTensor, bits: Literal[1, 2], linear_class: LinearClass
+) -> dict[str, Tensor]:
+    """Return the tensors, by full name, that store the weight of linear ``path``."""
+    scale = q.scale.flatten()[:1].float()
+    if linear_class == "bitlinear":
+        scale = 1 / scale
+    return {f"{path}.weight": pack(q.codes, bits), f"{path}.weight_scale": scale.bfloat16()}
+
+
+def quantization_config(
+    bits: Literal[1, 2], linear_class: LinearClass, norm_eps: float | None, ignore: list[str]
+) -> dict[str, Any]:
+    """Return the ``quantization_config`` of ``config.json``; ``norm_eps``: of the norm inside, if there is one."""
+    return {
+        "quant_method": METHOD if bits == 2 else ONE_BIT,
+        "linear_class": linear_class,
+        "quantization_mode": "offline",
+        "use_rms_norm": norm_eps is not None,
+        "rms_norm_eps": 1e-6 if norm_eps is None else norm_eps,
+        "modules_to_not_convert": ignore,
+    }
+
+
+def quantize_inputs(linear: nn.Module, gains: Tensor | None, eps: float) -> None:
+    """Normalize, where there are gains, and round the inputs of ``linear`` from now on."""
+
+    def prepare(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        x = inputs[0] if gains is None else normalize(inputs[0], gains, eps)
+        return (round_tokens(x),)
+
+    linear.register_forward_pre_hook(prepare)
+
+
+class BitNetFolder(PackedFolder):
+    """A folder in the ``bitnet`` layout of ``transformers``."""
+
+    method: ClassVar[str] = METHOD
+    leaves: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "rms_norm.weight")
+    bits: ClassVar[Literal[1, 2]] = 2
+
+    def __init__(self, folder: str | Path, name: str | None = None) -> None:
+        super().__init__(folder, name)
+        self.linear_class: LinearClass = self.settings.get("linear_class", "bitlinear")
+        if self.linear_class == "autobitlinear" and self.settings.get("quantization_mode") == "online":
+            raise ModelError(
+                f"{self.path} holds weights for training (quantization_mode: online)",
+                "Give a folder whose weights are packed",
+            )
+
+    @classmethod
+    def only_read_here(cls, folder: Path) -> bool:
+        """Plain ``transformers`` loads the folder, but compiles code before it computes the same."""
+        return True
+
+    def packed_shape(self, parts: Parts) -> tuple[int, int]:  # noqa: D102
+        rows, width = parts.matrix("weight", ("U8",))
+        parts.expect("weight_scale", FLOAT_SCALES, (1,))
+        if ("rms_norm.weight" in parts) != bool(self.settings.get("use_rms_norm")):
+            raise parts.error(f"use_rms_norm in config.json does not fit {parts.path}.rms_norm.weight")
+        if "rms_norm.weight" in parts:
+            parts.expect("rms_norm.weight", FLOAT_SCALES, (width,))
+        return rows * 8 // self.bits, width
+
+    def decode(self, parts: Parts) -> QuantizedTensor:  # noqa: D102
+        codes = unpack(parts["weight"], self.bits)
+        if codes.amax() > 1:
+            raise parts.error(f"{parts.path}.weight holds codes that mean nothing")
+        scale = parts["weight_scale"].float()
+        if not (scale.isfinite().all() and scale.gt(0).all()):
+            raise ModelError(f"{self.path}: {parts.path}.weight_scale is {scale.item()}", INTACT)
+        scale = scale if self.linear_class == "autobitlinear" else 1 / scale
+        return QuantizedTensor(codes, scale.expand(len(codes), 1).contiguous(), None, SCHEME)
+
+    def summary(self) -> str:  # noqa: D102
+        inside = ", a norm inside" if self.settings.get("use_rms_norm") else ""
+        return f"BitNet, {'ternary' if self.bits == 2 else 'binary'} weights, A8 per token{inside}"
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Normalize and round inputs, and multiply biases by the scale where the format does."""
+        eps = float(self.settings.get("rms_norm_eps", 1e-6))
+        for path in self.packed:
+            linear = model.get_submodule(path)
+            quantize_inputs(linear, self.part(path, "rms_norm.weight"), eps)
+            if self.linear_class == "autobitlinear" and linear.bias is not None:
+                linear.bias.data.mul_(self.part(path, "weight_scale").float())
+
+
+class OneBitFolder(BitNetFolder):
+    """A folder of binary weights in our own layout of one bit."""
+
+    method: ClassVar[str] = ONE_BIT
+    bits: ClassVar[Literal[1, 2]] = 1

@@ -1,0 +1,1 @@
+"""Training: the contract of methods that act while a model learns, and the job that trains with them."""
