@@ -50,7 +50,9 @@ def train(
     eval_text: Annotated[str | None, typer.Option(metavar="TEXT", help="held-out text to measure on")] = None,
     windows: Annotated[int, typer.Option(metavar="N", help="held-out windows of --seq-len tokens")] = 8,
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="do not measure the loss")] = False,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help="type of tensors that stay as they are")] = "bf16",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="type of tensors that stay as they are")
+    ] = "bf16",
     threads: Annotated[
         int | None, typer.Option(metavar="N", help="processor threads; default: all cores")
     ] = None,

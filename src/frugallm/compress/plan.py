@@ -211,7 +211,10 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
     tables = [s for s in steps if isinstance(s, TableMethod)]
     for step in steps:
         if not isinstance(step, BlockMethod | TableMethod):
-            raise RecipeError(f"'{step.name()}' is not a post-training compression step")
+            raise RecipeError(
+                f"'{step.name()}' is not a post-training compression step",
+                "What acts while a model is trained runs with frugal train",
+            )
     for step in blocks:
         _check_patterns(step, names)
     _check_order(blocks, names)

@@ -18,13 +18,16 @@ __all__ = ["Outcome", "check", "checks_for"]
 def checks_for(method: type[Method]) -> list[Check]:
     """Return the checks that apply to ``method``, the cheap ones first."""
     from frugallm.compress.contract import BlockMethod, TableMethod
-    from frugallm.conformance import block_methods, methods, table_methods
+    from frugallm.conformance import block_methods, methods, table_methods, train_methods
+    from frugallm.training.contract import TrainMethod
 
     found = methods.checks(method)
     if issubclass(method, BlockMethod):
         found += block_methods.checks(method)
     if issubclass(method, TableMethod):
         found += table_methods.checks(method)
+    if issubclass(method, TrainMethod):
+        found += train_methods.checks(method)
     return found
 
 

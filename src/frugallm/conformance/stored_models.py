@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,24 +39,28 @@ def reads_back_finite(run: Run, tokens: Tensor) -> None:
     in_memory_logits(run, tokens)
 
 
-def loads_outside_as_in_memory(run: Run, tokens: Tensor) -> None:
-    """``AutoModelForCausalLM`` loads the folder to the logits of the stored values."""
+def outside_logits(folder: Path, tokens: Tensor) -> Tensor:
+    """Return the logits of ``AutoModelForCausalLM`` on the folder; what it would compile runs as it is written."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(run.folder), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
         decode_in(model, torch.float32)
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         raise CheckFailed(f"plain transformers does not load it ({error})") from error
     finally:
         if shown:
             logging.enable_progress_bar()
-    with torch.inference_mode():
-        outside = model(tokens).logits.float()
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        return model(tokens).logits.float()
+
+
+def loads_outside_as_in_memory(run: Run, tokens: Tensor) -> None:
+    """``AutoModelForCausalLM`` loads the folder to the logits of the stored values."""
     rounded = any(plan.scheme.activations is not None for plan in run.job.plan.linears.values())
     allowed = ROUNDED_INPUT_TOLERANCE if rounded else WEIGHT_ONLY_TOLERANCE
-    apart = relative_error(outside, in_memory_logits(run, tokens))
+    apart = relative_error(outside_logits(run.folder, tokens), in_memory_logits(run, tokens))
     ensure(apart <= allowed, f"loaded by transformers it computes something else (squared error {apart:.1e})")

@@ -102,7 +102,7 @@ class Bench:
             raise ParameterError("a bench needs at least two held-out windows", "One window has no interval")
         self.calibration = calibration
         self.windows = windows
-        self._compress = compress or _run
+        self._compress = compress or compress_for_evaluation
         self._bos = leading_bos(tokenizer) is not None
         self._dtype = dtype
         self._seed = seed
@@ -259,8 +259,18 @@ def _stored_bits(out: Path) -> float:
     return reader(out).bits_per_weight() if settings else math.nan
 
 
-def _run(checkpoint: Checkpoint, steps: Sequence[Method], calibration: Tensor, out: Path) -> Any:
-    """Do what the main job does, as far as the folder is written; return what loads and holds its values."""
+def compress_for_evaluation(
+    checkpoint: Checkpoint,
+    steps: Sequence[Method],
+    calibration: Tensor,
+    out: Path,
+    *,
+    in_memory: bool = False,
+) -> Any:
+    """Do what the main job does, as far as the folder is written; return what loads and holds its values.
+
+    That is the folder where plain ``transformers`` loads it, otherwise, and with ``in_memory``, a plain model.
+    """
     from frugallm.compress.plan import make_plan
     from frugallm.formats.engines import loads_in_transformers
     from frugallm.formats.stored import model_in_memory
@@ -282,6 +292,7 @@ def _run(checkpoint: Checkpoint, steps: Sequence[Method], calibration: Tensor, o
     place.prepare(job, resume=False, overwrite=True)
     job = compress(job, place, Progress())
     assemble(job, place)
-    result = out if loads_in_transformers(job.plan) else model_in_memory(place.stored(job))
+    by_folder = loads_in_transformers(job.plan) and not in_memory
+    result = out if by_folder else model_in_memory(place.stored(job))
     place.finish()
     return result

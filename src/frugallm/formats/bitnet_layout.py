@@ -9,8 +9,9 @@ frugallm-     ``weight`` uint8 ``(out / 8, in)``: bit ``i`` is set where the cod
 bitnet        not -1; else as above, in ``frugallm.safetensors``
 ============= ============================================================================================================
 
-What ``weight_scale`` means depends on ``linear_class``: ``autobitlinear`` multiplies by it (mean ``|W|``), ``bitlinear``
-divides (its inverse). The former multiplies the bias as well, so models with biases are written for the latter.
+What ``weight_scale`` means depends on ``linear_class``: ``bitlinear`` divides by it (it is the inverse of mean ``|W|``),
+``autobitlinear`` multiplies, the bias as well. The former is written; both are read. With transformers 5.23 on a CPU packed
+weights for ``autobitlinear`` come out in float32 whatever the type of the model, which then fails in any other.
 
 Inputs are normalized if ``use_rms_norm`` says so, and rounded to 8 bits with one scale a token.
 """
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD, ONE_BIT = "bitnet", "frugallm-bitnet"
-LinearClass = Literal["autobitlinear", "bitlinear"]
 #: Codes are -1, 0 and 1, or -1 and 1; the scale is that of the whole matrix, once for each row.
 SCHEME = WeightScheme(bits=2, scale_dtype="float32")
 EPS = 1e-5
@@ -51,12 +51,9 @@ def normalize(x: Tensor, gains: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], gains.float(), eps).to(x.dtype)
 
 
-def stored_scale(mean: Tensor, linear_class: LinearClass) -> Tensor:
-    """Return the scale ``()`` float32 that a mean magnitude becomes once it is stored in bf16."""
-    mean = mean.float().clamp(min=EPS)
-    if linear_class == "autobitlinear":
-        return mean.bfloat16().float()
-    return 1 / (1 / mean).bfloat16().float()
+def stored_scale(mean: Tensor) -> Tensor:
+    """Return the scale ``()`` float32 that a mean magnitude becomes once its inverse is stored in bf16."""
+    return 1 / (1 / mean.float().clamp(min=EPS)).bfloat16().float()
 
 
 def pack(codes: Tensor, bits: Literal[1, 2]) -> Tensor:
@@ -76,23 +73,17 @@ def unpack(packed: Tensor, bits: Literal[1, 2]) -> Tensor:
     return unsigned - 1 if bits == 2 else 2 * unsigned - 1
 
 
-def encode_linear(
-    path: str, q: QuantizedTensor, bits: Literal[1, 2], linear_class: LinearClass
-) -> dict[str, Tensor]:
+def encode_linear(path: str, q: QuantizedTensor, bits: Literal[1, 2]) -> dict[str, Tensor]:
     """Return the tensors, by full name, that store the weight of linear ``path``."""
-    scale = q.scale.flatten()[:1].float()
-    if linear_class == "bitlinear":
-        scale = 1 / scale
-    return {f"{path}.weight": pack(q.codes, bits), f"{path}.weight_scale": scale.bfloat16()}
+    inverse = (1 / q.scale.flatten()[:1].float()).bfloat16()
+    return {f"{path}.weight": pack(q.codes, bits), f"{path}.weight_scale": inverse}
 
 
-def quantization_config(
-    bits: Literal[1, 2], linear_class: LinearClass, norm_eps: float | None, ignore: list[str]
-) -> dict[str, Any]:
+def quantization_config(bits: Literal[1, 2], norm_eps: float | None, ignore: list[str]) -> dict[str, Any]:
     """Return the ``quantization_config`` of ``config.json``; ``norm_eps``: of the norm inside, if there is one."""
     return {
         "quant_method": METHOD if bits == 2 else ONE_BIT,
-        "linear_class": linear_class,
+        "linear_class": "bitlinear",
         "quantization_mode": "offline",
         "use_rms_norm": norm_eps is not None,
         "rms_norm_eps": 1e-6 if norm_eps is None else norm_eps,
@@ -119,7 +110,7 @@ class BitNetFolder(PackedFolder):
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
         super().__init__(folder, name)
-        self.linear_class: LinearClass = self.settings.get("linear_class", "bitlinear")
+        self.linear_class = self.settings.get("linear_class", "bitlinear")
         if self.linear_class == "autobitlinear" and self.settings.get("quantization_mode") == "online":
             raise ModelError(
                 f"{self.path} holds weights for training (quantization_mode: online)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from frugallm.method import Claim
+from frugallm.method import Claim, Method
 from frugallm.models.family import family_of
 from frugallm.progress import Progress
 from frugallm.training.contract import TrainMethod
 from frugallm.training.layouts import dense
-from frugallm.training.loop import Settings, fit
+from frugallm.training.loop import Settings, begin, fit
 from frugallm.training.students import new_config, new_model, train_tokenizer
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ SIZES = {
     "minutes": Size({}, steps=400, batch=8, length=128, further=150, held_out=64),
 }
 SEEDS = (0, 1, 2)
+#: Windows that post-training steps are calibrated on.
+CALIBRATION = 64
 #: Learning rate of plain training.
 PLAIN_RATE = 3e-3
 
@@ -96,6 +99,11 @@ class TrainingBench:
         """What the models are called in results."""
         millions = sum(p.numel() for p in new_model(self.config(), 0).parameters()) / 1e6
         return f"llama-{millions:.2g}M-trained-on-the-spot"
+
+    @property
+    def thorough(self) -> bool:
+        """Whether there is time for arms that only explain."""
+        return self.size is SIZES["minutes"]
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -140,7 +148,11 @@ class TrainingBench:
         return copy.deepcopy(self._kept[key])
 
     def further(
-        self, steps: Sequence[TrainMethod], seed: int = 0, rate: float | None = None, windows: Tensor | None = None
+        self,
+        steps: Sequence[TrainMethod],
+        seed: int = 0,
+        rate: float | None = None,
+        windows: Tensor | None = None,
     ) -> PreTrainedModel:
         """Return what plain training gave, trained further with these steps against itself as the teacher."""
         key = ("further", tuple(steps), seed, rate, None if windows is None else id(windows))
@@ -148,9 +160,6 @@ class TrainingBench:
             teacher = self.train([], seed).requires_grad_(False)
             student = copy.deepcopy(teacher).requires_grad_(True)
             chosen = self.windows if windows is None else windows
-            if windows is None:
-                for step in steps:
-                    chosen = step.data(teacher, chosen, seed)
             self._kept[key] = self._fit(student, teacher, steps, chosen, seed, self.size.further, rate)
         return copy.deepcopy(self._kept[key])
 
@@ -167,14 +176,24 @@ class TrainingBench:
         from frugallm.training.result import as_stored
 
         family = family_of(student.config)
-        for step in steps:
-            step.rewrite(student, family)
+        windows = begin(student, teacher, steps, family, windows, seed)
         chosen = rate or min((s.learning_rate for s in steps), default=PLAIN_RATE)
         settings = Settings(count, self.size.batch, chosen, seed)
         fit(student, teacher, steps, windows, settings, self.progress)
         found = (step.hand_on(student, family, torch.bfloat16) for step in steps)
         as_stored(student, next(filter(None, found), None) or dense(torch.bfloat16), torch.bfloat16)
         return student
+
+    def compressed(self, model: PreTrainedModel, steps: Sequence[Method]) -> PreTrainedModel:
+        """Return a plain trained model after post-training steps, as it is stored."""
+        from frugallm.evaluate.bench import compress_for_evaluation
+        from frugallm.models.in_memory import InMemory
+
+        checkpoint, calibration = InMemory(model, self.tokenizer), self.windows[:CALIBRATION]
+        with tempfile.TemporaryDirectory() as folder:
+            return compress_for_evaluation(
+                checkpoint, steps, calibration, Path(folder) / "out", in_memory=True
+            )
 
     @torch.inference_mode()
     def loss(self, model: PreTrainedModel) -> float:
@@ -232,4 +251,3 @@ class TrainingBench:
                 **details,
             },
         )
-

@@ -103,7 +103,11 @@ def compressed(
             return compressed_tensors.encode_linear(path, linears[path], schemes[path])
         if path in tables:
             q = tables[path]
-            return compressed_tensors.encode_linear(path, q, LinearScheme(weights=q.scheme), table=True)
+            found = compressed_tensors.encode_linear(path, q, LinearScheme(weights=q.scheme), table=True)
+            if tied and f"{path}.weight" in found:
+                # Readers tie the weight of the head to the embedding; its scale has a name of its own.
+                found[f"{family.head}.weight_scale"] = q.scale.clone()
+            return found
         return {} if name.endswith(added) and added else {name: value.to(dtype)}
 
     labels = {scheme.label() for scheme in schemes.values()}

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
     from transformers import PreTrainedModel, TrainingArguments
 
+    from frugallm.models.family import Family
+
 #: Written into a checkpoint once everything else of it is there: a kill may leave half of one.
 COMPLETE = "complete"
 #: How often the loss is noted, as a share of all steps, and how long the learning rate rises.
@@ -54,6 +56,25 @@ def objective(steps: Sequence[TrainMethod]) -> TrainMethod:
     return next((step for step in steps if step.has_loss), TrainMethod())
 
 
+def begin(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    steps: Sequence[TrainMethod],
+    family: Family,
+    windows: Tensor,
+    seed: int,
+) -> Tensor:
+    """Make a student ready for training in place; return the windows to train on, ``(windows, length)``."""
+    for step in steps:
+        step.rewrite(student, family)
+    for step in steps:
+        if step.has_data:
+            windows = step.data(teacher or student, windows, seed)
+    for step in steps:
+        step.ready(student, windows)
+    return windows
+
+
 def fit(
     student: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -68,7 +89,7 @@ def fit(
     Parameters
     ----------
     student
-        The model, rewritten already; float32.
+        The model, made ready by :func:`begin`; float32.
     teacher
         What the loss compares with, if it does.
     windows
@@ -120,7 +141,8 @@ def method_arguments(steps: Sequence[TrainMethod]) -> dict[str, Any]:
         for key, value in step.arguments().items():
             if found.get(key, value) != value:
                 raise RecipeError(
-                    f"{step.name()} sets {key} to {value}, {by[key]} to {found[key]}", "Give both the same value"
+                    f"{step.name()} sets {key} to {value}, {by[key]} to {found[key]}",
+                    "Give both the same value",
                 )
             found[key], by[key] = value, step.name()
     return found
@@ -185,7 +207,10 @@ def _trainer(
         def compute_loss(
             self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
-            loss = judge.loss(model, teacher, inputs)
+            with contextlib.ExitStack() as stack:
+                for step in steps:
+                    stack.enter_context(step.context())
+                loss = judge.loss(model, teacher, inputs)
             if not torch.isfinite(loss):
                 raise JobError(
                     f"the loss is {loss.item()} at step {self.state.global_step + 1}",
@@ -209,7 +234,7 @@ def _trainer(
     trainer = Loop(
         model=student,
         args=arguments,
-        train_dataset=[{"input_ids": window} for window in windows],
+        train_dataset=[{"input_ids": window, "index": torch.tensor(i)} for i, window in enumerate(windows)],
         data_collator=_batch,
         callbacks=[Watch()],
     )
@@ -219,7 +244,7 @@ def _trainer(
 
 
 def _batch(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {"input_ids": torch.stack([row["input_ids"] for row in rows])}
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 @contextlib.contextmanager

@@ -58,7 +58,8 @@ class TrainReport(BaseModel):
         """Return the report as Markdown: a table of before and after, notes, how to load it."""
         lines = [f"## {self.title}", "", "|  | before | after |", "| --- | --- | --- |"]
         lines += [
-            f"| {name} | {_show(self.before, get)} | {_show(self.after, get)} |" for name, get in _FIGURES.items()
+            f"| {name} | {_show(self.before, get)} | {_show(self.after, get)} |"
+            for name, get in _FIGURES.items()
         ]
         first, last = (self.curve[0], self.curve[-1]) if self.curve else ({}, {})
         if first:

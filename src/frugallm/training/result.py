@@ -207,7 +207,11 @@ def model_card(job: TrainJob, out: Path, report: TrainReport) -> str:
     steps = "\n".join(f"    {step}" for step in job.cli()) or "    (no step: plain training)"
     how = "trained from scratch" if origin.scratch else "trained further"
     lines += [f"{origin.name}, {how} by FrugalLM with", "", steps, ""]
-    lines += [f"All settings are in `{MANIFEST}`, every figure in `{MEASUREMENTS}`.", "", report.to_markdown()]
+    lines += [
+        f"All settings are in `{MANIFEST}`, every figure in `{MEASUREMENTS}`.",
+        "",
+        report.to_markdown(),
+    ]
     return "\n".join(lines)
 
 

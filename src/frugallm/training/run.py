@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from frugallm.compression import DTYPES, Clock
 from frugallm.errors import DataError, FrugalError, ParameterError, RecipeError, nearest
 from frugallm.progress import Progress
 from frugallm.training.contract import TrainMethod
-from frugallm.training.loop import Settings, fit, method_arguments
+from frugallm.training.loop import Settings, begin, fit, method_arguments
 from frugallm.training.students import Origin, open_origin
 
 if TYPE_CHECKING:
@@ -170,7 +169,9 @@ def train(
 
     shown = progress or Progress()
     chosen = training_steps(steps)
-    rate = _check_numbers(chosen, learning_rate, seq_len, max_steps, batch, seed, save_every, windows, threads)
+    rate = _check_numbers(
+        chosen, learning_rate, seq_len, max_steps, batch, seed, save_every, windows, threads
+    )
     if dtype not in DTYPES:
         raise ParameterError(
             f"dtype must be one of {', '.join(DTYPES)}; got '{dtype}'", nearest(dtype, DTYPES)
@@ -220,7 +221,8 @@ def training_steps(steps: Any) -> tuple[TrainMethod, ...]:
     for step in found:
         if not isinstance(step, TrainMethod):
             raise RecipeError(
-                f"'{step.name()}' does not act while a model is trained", "Apply it afterwards with frugal run"
+                f"'{step.name()}' does not act while a model is trained",
+                "Apply it afterwards with frugal run",
             )
     return tuple(step for step in found if isinstance(step, TrainMethod))
 
@@ -257,7 +259,9 @@ def check_steps(steps: Sequence[TrainMethod], from_scratch: bool) -> bool:
                 f"{step.name()} trains new weights: a trained model's are lost to it", "Add --from-scratch"
             )
         if step.begins == "model" and from_scratch:
-            raise RecipeError(f"{step.name()} trains a model that has learned already", "Leave out --from-scratch")
+            raise RecipeError(
+                f"{step.name()} trains a model that has learned already", "Leave out --from-scratch"
+            )
     method_arguments(steps)
     return from_scratch
 
@@ -326,13 +330,12 @@ def _held_out(origin: Origin, text: str | Path | None, windows: int, seq_len: in
     return tokens, TextFacts.of(opened, tokens)
 
 
-def prepare_student(job: TrainJob) -> tuple[Any, Any]:
-    """Return the student, rewritten, and the teacher if the objective reads one."""
+def begin_job(job: TrainJob) -> tuple[Any, Any, Tensor]:
+    """Return the student, made ready, the teacher if the objective reads one, and the windows to train on."""
     student = job.origin.student(job.settings.seed)
     teacher = job.origin.teacher() if any(step.needs_teacher for step in job.steps) else None
-    for step in job.steps:
-        step.rewrite(student, job.origin.family)
-    return student, teacher
+    windows = begin(student, teacher, job.steps, job.origin.family, job.windows, job.settings.seed)
+    return student, teacher, windows
 
 
 def _carry_out(
@@ -349,13 +352,10 @@ def _carry_out(
 
     clock = Clock()
     with AnonymousPeak() as memory:
-        student, teacher = prepare_student(job)
-        windows = job.windows
-        for step in job.steps:
-            if step.has_data:
-                progress.event("stage", text=f"{step.name()}: making what is trained on")
-                with clock.phase("data"):
-                    windows = step.data(teacher or student, windows, job.settings.seed)
+        if any(step.has_data for step in job.steps):
+            progress.event("stage", text="making what is trained on")
+        with clock.phase("prepare"):
+            student, teacher, windows = begin_job(job)
         before = None if held_out is None else measure(job, None, held_out, progress, clock)
         progress.event("stage", text="training")
         with clock.phase("train"):
@@ -372,6 +372,8 @@ def _carry_out(
         progress.event("stage", text="verifying")
         with clock.phase("verify"):
             notes.append(verified(job, student, layout, place.folder))
+    seen = job.windows if held_out is None else held_out[0]
+    notes += [note for step in job.steps for note in step.remarks(student, job.origin.family, seen)]
     del student
     after = None if held_out is None else measure(job, place.folder, held_out, progress, clock)
     if resumed:

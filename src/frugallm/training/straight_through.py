@@ -34,6 +34,6 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 
 def round_inputs(x: Tensor, scheme: ActivationScheme) -> Tensor:
     """Return ``x (..., in)`` rounded with one scale a token, with the gradient of ``x``."""
-    from frugallm.walk.walk import round_activations
+    from frugallm.formats.rounded_inputs import round_activations
 
-    return straight_through(x, round_activations(x.detach(), scheme, None))
+    return straight_through(x, round_activations(x.detach(), scheme, {}))

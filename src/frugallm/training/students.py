@@ -20,7 +20,6 @@ from frugallm.models.in_memory import InMemory
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-    from frugallm.text.source import Text
 
 #: Configurations for training from scratch: 0.9 and 6 million weights, with a tokenizer made from the text.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -73,7 +72,8 @@ class Origin:
         if not self.scratch and self.checkpoint is not None:
             return {"name": self.name, "digest": self.checkpoint.digest()}
         config = json.dumps(self.config.to_diff_dict(), sort_keys=True, default=str)
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        known = {} if self.tokenizer is None else self.tokenizer.get_vocab()
+        vocabulary = json.dumps(sorted(known.items()))
         digests = [hashlib.sha256(text.encode()).hexdigest() for text in (config, vocabulary)]
         return {"name": self.name, "from_scratch": True, "config": digests[0], "tokenizer": digests[1]}
 
@@ -203,9 +203,7 @@ def open_origin(
         raise ParameterError("a trained model keeps its shape", "Add --from-scratch, or leave out --shape")
     checkpoint = open_checkpoint(model, tokenizer)
     config = changed(checkpoint.config, changes) if scratch else checkpoint.config
-    return Origin(
-        checkpoint.name, config, checkpoint.tokenizer, family_of(config), checkpoint, scratch
-    )
+    return Origin(checkpoint.name, config, checkpoint.tokenizer, family_of(config), checkpoint, scratch)
 
 
 def block_linears(student: PreTrainedModel, family: Family) -> dict[str, nn.Linear]:

@@ -31,11 +31,11 @@ Differences from the paper
 --------------------------
 The norm inside each BitLinear is an RMSNorm with gains for both kinds; BitNet's is a LayerNorm without. It takes the
 place of the norms before attention and MLP: their gains stay one, and a normalized input normalized again is itself, so
-nothing is normalized twice. ``norm=false`` leaves it out, and the block's norms as they are. The scale is rounded to the
-stored bf16 in training already, so that the trained model and the folder are one function. The binary kind's inputs are
-rounded like the ternary's (b1.58), not to the range ``+-(128 - eps)``, and never shifted before a non-linearity.
-Latent weights are float32, not mixed precision. Weight decay ends and the learning rate drops to two thirds half way
-(the authors' training notes). Binary weights are stored with one bit in a layout of our own.
+nothing is normalized twice. ``norm=false`` leaves it out, and the block's norms as they are. The scale is rounded as it
+is stored (its inverse in bf16) in training already, so that the trained model and the folder are one function. The
+binary kind's inputs are rounded like the ternary's (b1.58), not to the range ``+-(128 - eps)``, and never shifted before
+a non-linearity. Latent weights are float32, not mixed precision. Weight decay ends and the learning rate drops to two
+thirds half way (the authors' training notes). Binary weights are stored with one bit in a layout of our own.
 
 References
 ----------
@@ -57,7 +57,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from frugallm.errors import ModelError
 from frugallm.formats import bitnet_layout
-from frugallm.formats.bitnet_layout import LinearClass
 from frugallm.formats.quantized_tensor import QuantizedTensor
 from frugallm.method import Card, Claim
 from frugallm.training.contract import TrainMethod
@@ -98,9 +97,15 @@ class BitNet(TrainMethod):
     begins: ClassVar[Literal["model", "scratch", "either"]] = "scratch"
     learning_rate: ClassVar[float] = 3e-3
 
-    weights: Literal["ternary", "binary"] = Field("ternary", description="b1.58, or the first BitNet's one bit")
-    norm: bool = Field(True, description="normalize the input inside every linear, in place of the block's norms")
-    weight_decay: float = Field(0.1, ge=0, le=1, description="of the latent weights, in the first half of training")
+    weights: Literal["ternary", "binary"] = Field(
+        "ternary", description="b1.58, or the first BitNet's one bit"
+    )
+    norm: bool = Field(
+        True, description="normalize the input inside every linear, in place of the block's norms"
+    )
+    weight_decay: float = Field(
+        0.1, ge=0, le=1, description="of the latent weights, in the first half of training"
+    )
     two_stages: bool = Field(
         True, description="drop the learning rate to two thirds and end weight decay half way"
     )
@@ -108,8 +113,6 @@ class BitNet(TrainMethod):
     def rewrite(self, student: PreTrainedModel, family: Family) -> None:
         """Make every linear of the blocks a BitLinear."""
         linears = block_linears(student, family)
-        biased = any(linear.bias is not None for linear in linears.values())
-        kind: LinearClass = "bitlinear" if biased else "autobitlinear"
         fields = 4 if self.weights == "ternary" else 8
         for name, linear in linears.items():
             if linear.out_features % fields:
@@ -117,7 +120,7 @@ class BitNet(TrainMethod):
                     f"bitnet: {name} has {linear.out_features} outputs, no multiple of {fields}",
                     "Packed codes need that; choose other widths",
                 )
-            student.set_submodule(name, BitLinear(linear, self.weights, self.norm, kind))
+            student.set_submodule(name, BitLinear(linear, self.weights, self.norm))
         if self.norm:  # new gains change nothing yet, and must stay so
             for norm in norms_before(student, family).values():
                 norm.requires_grad_(False)
@@ -135,13 +138,12 @@ class BitNet(TrainMethod):
         linears = {n: m for n, m in student.named_modules() if isinstance(m, BitLinear)}
         stored = {name: linear.stored() for name, linear in linears.items()}
         bits: Literal[1, 2] = 2 if self.weights == "ternary" else 1
-        first = next(iter(linears.values()))
-        kind, eps = first.linear_class, first.norm_eps
+        eps = next(iter(linears.values())).norm_eps
 
         def encode(name: str, value: Tensor) -> Mapping[str, Tensor]:
             path = name.removesuffix(".weight")
             if path in stored:
-                return bitnet_layout.encode_linear(path, stored[path], bits, kind)
+                return bitnet_layout.encode_linear(path, stored[path], bits)
             return {name: value.to(dtype)}
 
         ternary = bits == 2
@@ -149,7 +151,7 @@ class BitNet(TrainMethod):
             label=f"{'ternary, 2 bits stored' if ternary else 'binary, 1 bit'}, one scale a matrix, A8 per token",
             stored=stored,
             encode=encode,
-            quantization=bitnet_layout.quantization_config(bits, kind, eps, [family.head]),
+            quantization=bitnet_layout.quantization_config(bits, eps, [family.head]),
             stem="model" if ternary else "frugallm",
             in_transformers=ternary,
             rounds_inputs=True,
@@ -188,17 +190,17 @@ class BitNet(TrainMethod):
 class BitLinear(nn.Linear):
     """A linear whose weight is ternary or binary, and its input 8 bits, in every forward."""
 
-    def __init__(self, linear: nn.Linear, kind: Kind, norm: bool, linear_class: LinearClass) -> None:
+    def __init__(self, linear: nn.Linear, kind: Kind, norm: bool) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.kind, self.linear_class = kind, linear_class
+        self.kind = kind
         self.norm_eps = 1e-6 if norm else None
         self.rms_norm = nn.RMSNorm(self.in_features, eps=1e-6) if norm else None
 
     def stored(self) -> QuantizedTensor:
         """Return the codes as they will be stored."""
-        return quantize(self.weight.detach(), self.kind, self.linear_class)
+        return quantize(self.weight.detach(), self.kind)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``(..., out)``, eq. (1) to (4)."""
@@ -209,10 +211,10 @@ class BitLinear(nn.Linear):
         return F.linear(input, weight, self.bias)
 
 
-def quantize(weight: Tensor, kind: Kind, linear_class: LinearClass = "autobitlinear") -> QuantizedTensor:
+def quantize(weight: Tensor, kind: Kind) -> QuantizedTensor:
     """Return the codes of a latent weight ``(out, in)``, eq. (2) or (3)."""
     weight = weight.float()
-    scale = bitnet_layout.stored_scale(weight.abs().mean(), linear_class)  # ()
+    scale = bitnet_layout.stored_scale(weight.abs().mean())  # ()
     if kind == "ternary":
         codes = (weight / scale).round_().clamp_(-1, 1)
     else:
@@ -249,4 +251,3 @@ class TwoStages(LRScheduler):
         warm = min(1.0, (step + 1) / max(1.0, WARM_UP * self.steps))
         share = warm * max(0.0, 1 - step / self.steps) * (SECOND_STAGE if second else 1.0)
         return [base * share for base in self.base_lrs]
-
