@@ -254,7 +254,7 @@ def reader_of(folder: Path) -> type[PackedFolder] | None:
     Folders in the compressed-tensors format are read here if ``frugal run`` wrote them.
     """
     from frugallm.formats.awq_layout import AWQFolder
-    from frugallm.formats.bitnet_layout import BitNetFolder, OneBitFolder
+    from frugallm.formats.bitnet_folder import BitNetFolder, OneBitFolder
     from frugallm.formats.bitsandbytes_layout import BitsAndBytesFolder
     from frugallm.formats.decoded import Decoded, Own
     from frugallm.formats.gptq_layout import GPTQFolder

@@ -153,14 +153,19 @@ class TrainingBench:
         seed: int = 0,
         rate: float | None = None,
         windows: Tensor | None = None,
+        count: int | None = None,
     ) -> PreTrainedModel:
-        """Return what plain training gave, trained further with these steps against itself as the teacher."""
-        key = ("further", tuple(steps), seed, rate, None if windows is None else id(windows))
+        """Return what plain training gave, trained further with these steps against itself as the teacher.
+
+        ``windows``: to train on, in the place of the text; ``count``: how many steps of the optimizer.
+        """
+        key = ("further", tuple(steps), seed, rate, None if windows is None else id(windows), count)
         if key not in self._kept:
             teacher = self.train([], seed).requires_grad_(False)
             student = copy.deepcopy(teacher).requires_grad_(True)
             chosen = self.windows if windows is None else windows
-            self._kept[key] = self._fit(student, teacher, steps, chosen, seed, self.size.further, rate)
+            long = self.size.further if count is None else count
+            self._kept[key] = self._fit(student, teacher, steps, chosen, seed, long, rate)
         return copy.deepcopy(self._kept[key])
 
     def _fit(
@@ -179,7 +184,9 @@ class TrainingBench:
         windows = begin(student, teacher, steps, family, windows, seed)
         chosen = rate or min((s.learning_rate for s in steps), default=PLAIN_RATE)
         settings = Settings(count, self.size.batch, chosen, seed)
-        fit(student, teacher, steps, windows, settings, self.progress)
+        if count:
+            fit(student, teacher, steps, windows, settings, self.progress)
+        student.eval()
         found = (step.hand_on(student, family, torch.bfloat16) for step in steps)
         as_stored(student, next(filter(None, found), None) or dense(torch.bfloat16), torch.bfloat16)
         return student

@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from frugallm.compress.contract import BlockMethod, TableMethod
-from frugallm.compress.plan import LinearPlan, Plan, TablePlan
-from frugallm.formats import compressed_tensors
-from frugallm.formats.engines import loads_in_transformers
-from frugallm.formats.folder import Encode
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor
 
 if TYPE_CHECKING:
+    from frugallm.formats.folder import Encode
     from frugallm.models.family import Family
 
 
@@ -89,6 +85,11 @@ def compressed(
     tied
         Whether the head is the embedding.
     """
+    from frugallm.compress.contract import BlockMethod, TableMethod
+    from frugallm.compress.plan import LinearPlan, Plan, TablePlan
+    from frugallm.formats import compressed_tensors
+    from frugallm.formats.engines import loads_in_transformers
+
     schemes = {n: LinearScheme(weights=q.scheme, activations=activations) for n, q in linears.items()}
     plan = Plan(
         rewrites=(),

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -226,9 +226,9 @@ def _trainer(
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
             if self.lr_scheduler is None:
-                chosen = optimizer or self.optimizer
-                made = (s.schedule(chosen, num_training_steps) for s in steps)
-                self.lr_scheduler = next(filter(None, made), None)
+                chosen = self.optimizer if optimizer is None else optimizer
+                made = (s.schedule(cast("Optimizer", chosen), num_training_steps) for s in steps)
+                self.lr_scheduler = cast("Any", next(filter(None, made), None))
             return super().create_scheduler(num_training_steps, optimizer)
 
     trainer = Loop(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from frugallm.training.students import block_linears
+from frugallm.training.linears import block_linears
 
 if TYPE_CHECKING:
     from torch import nn

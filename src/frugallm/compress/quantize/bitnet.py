@@ -61,8 +61,8 @@ from frugallm.formats.quantized_tensor import QuantizedTensor
 from frugallm.method import Card, Claim
 from frugallm.training.contract import TrainMethod
 from frugallm.training.layouts import Layout
+from frugallm.training.linears import block_linears, norms_before
 from frugallm.training.straight_through import straight_through
-from frugallm.training.students import block_linears, norms_before
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -242,7 +242,7 @@ class TwoStages(LRScheduler):
         self.decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
         super().__init__(optimizer)
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | Tensor]:
         """Return the learning rate of every group, and set its weight decay."""
         step = self.last_epoch
         second = 2 * step >= self.steps

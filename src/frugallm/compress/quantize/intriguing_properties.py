@@ -49,7 +49,6 @@ from torch.nn import functional as F
 
 from frugallm.compress.quantize.smoothquant import SmoothQuant
 from frugallm.method import Card, Claim
-from frugallm.models.family import family_of
 from frugallm.training.contract import TrainMethod
 from frugallm.training.quantizability import input_spreads, summary
 
@@ -118,6 +117,8 @@ class IntriguingProperties(TrainMethod):
     @classmethod
     def claim(cls, bench: Bench) -> Claim:
         """Compare what static W8A8 costs after the two trainings: loss on held-out text, each against its own."""
+        from frugallm.models.family import family_of
+
         training = bench.training
         hostile = {"weight_decay": 0.001, "dropout": 0.4, "gradient_clipping": 0.0}
         arms = {"friendly": {}, "hostile": hostile}

@@ -56,13 +56,12 @@ from frugallm.compress.quantize.grids import round_to_nearest
 from frugallm.errors import ModelError
 from frugallm.formats.quantized_tensor import ActivationScheme, QuantizedTensor, WeightScheme
 from frugallm.method import Card, Claim
-from frugallm.models.family import family_of
 from frugallm.training.contract import Batch, TrainMethod
 from frugallm.training.distillation import logit_divergence
 from frugallm.training.generations import generated
 from frugallm.training.layouts import Layout, compressed
+from frugallm.training.linears import block_linears
 from frugallm.training.straight_through import round_inputs, straight_through
-from frugallm.training.students import block_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -216,7 +215,7 @@ class RoundedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.weights, self.inputs, self.cached_bits = weights, inputs, cached_bits
-        self.caches = linear.caches if isinstance(linear, RoundedLinear) else cached_bits is not None
+        self.caches = cached_bits is not None
 
     def stored(self) -> QuantizedTensor:
         """Return the codes as they will be stored, eq. (1)."""
@@ -244,9 +243,13 @@ def round_cache(student: PreTrainedModel, bits: int | None) -> None:
 
 
 def _rounded(model: PreTrainedModel, method: LLMQAT, *, weights: bool = True) -> PreTrainedModel:
-    """Return a model with inputs and KV cache rounded as in training, and with ``weights`` also those."""
-    family = family_of(model.config)
-    method.rewrite(model, family)
+    """Return a copy with inputs and KV cache rounded as in training, and with ``weights`` also those."""
+    import copy
+
+    from frugallm.models.family import family_of
+
+    model = copy.deepcopy(model)
+    method.rewrite(model, family_of(model.config))
     if not weights:
         for module in model.modules():
             if isinstance(module, RoundedLinear):
