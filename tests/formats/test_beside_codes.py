@@ -74,6 +74,8 @@ def test_what_is_stored_is_read_back_and_takes_the_bytes_it_says(q):
     assert torch.equal(back.scale, q.scale) and torch.equal(back.zero, q.zero)
     sizes = {name.removeprefix("a.b."): tensor.nbytes for name, tensor in stored.items()}
     beside = sum(size for leaf, size in sizes.items() if leaf in LEAVES)
+    if q.scheme.second is not None:
+        assert sum(sizes.values()) - beside == q.scheme.stored_bytes(*q.codes.shape) + 16  # of the shape
     assert sum(sizes.values()) == container_bytes(scheme, *q.codes.shape, packed=True) + beside
 
 

@@ -90,8 +90,10 @@ class _Fitting:
         for group, first in enumerate(self.places.amin(1).tolist()):
             self.due.setdefault(0 if early else first, []).append(group)
         groups = len(self.places)
-        self.scale = torch.empty(groups, rows, dtype=getattr(torch, scheme.scale_dtype))
-        self.zero = torch.empty(groups, rows, dtype=getattr(torch, scheme.zero_dtype))
+        self.grids: list[tuple[Tensor, Tensor | None]] = [(torch.empty(0), None)] * groups
+        # The same in float32, read by the solve while they change.
+        self.scale = torch.empty(groups, rows)
+        self.zero = None if scheme.symmetric else torch.empty(groups, rows)
         self.values = torch.empty(width, rows)
         self.spared = torch.zeros(width, rows, dtype=torch.bool)
 
@@ -99,22 +101,18 @@ class _Fitting:
         inverse = u.diagonal().square().reciprocal()
         unit = (w.var(1, correction=0) * inverse).mean() * (self.limit or 0.0)
         self.cost = inverse / unit if unit > 0 else torch.zeros_like(inverse)
-        # The solve reads scales in float32, and they change under it.
-        self.now = self.scale.float(), None if self.scheme.symmetric else self.zero.float()
         groups = (self.order // self.size).tolist()
-        self.rounding = Rounding(w, *self.now, groups, self.scheme)
+        self.rounding = Rounding(w, self.scale, self.zero, groups, self.scheme)
         return self.value, Reached(self.due, self.places, self.look)
 
     def look(self, group: int, values: Tensor) -> None:
         columns = values.T.contiguous()
         if self.pruned is not None:
             columns.masked_fill_(self.pruned[:, group * self.size : (group + 1) * self.size], 0.0)
-        scale, zero = self.fit(columns, group, self.cost[self.places[group]])
+        scale, zero = self.grids[group] = self.fit(columns, group, self.cost[self.places[group]])
         self.scale[group] = scale
-        self.now[0][group] = scale.float()
-        if zero is not None and self.now[1] is not None:
+        if self.zero is not None and zero is not None:
             self.zero[group] = zero
-            self.now[1][group] = zero.float()
 
     def value(self, column: Tensor, j: int) -> Tensor:
         rounded = self.rounding(column, j)
@@ -128,6 +126,7 @@ class _Fitting:
         codes, spared, values = (
             restored(found, self.order) for found in (self.rounding.codes, self.spared, self.values)
         )
-        zero = None if self.scheme.symmetric else self.zero.T.contiguous()
+        scale = torch.stack([scale for scale, _ in self.grids], 1)
+        zeros = [zero for _, zero in self.grids if zero is not None]
         extras = () if self.limit is None else (Entries.of(spared, values),)
-        return QuantizedTensor(codes, self.scale.T.contiguous(), zero, self.scheme, extras)
+        return QuantizedTensor(codes, scale, torch.stack(zeros, 1) if zeros else None, self.scheme, extras)

@@ -356,9 +356,10 @@ def _solve_columns(
         mask = torch.empty(0)
         for i in range(stop - start):
             j = start + i
-            for group in () if reached is None else reached.due.get(j, ()):
-                places = reached.places[group]
-                reached.look(group, torch.addmm(w[places], u[start:j, places].T, error[:i], alpha=-1))
+            if reached is not None:
+                for group in reached.due.get(j, ()):
+                    places = reached.places[group]
+                    reached.look(group, torch.addmm(w[places], u[start:j, places].T, error[:i], alpha=-1))
             if zeros is not None and i % zeros.span == 0:
                 end = min(j + zeros.span, stop)
                 now = torch.addmm(block[i : end - start], u[start:j, j:end].T, error[:i], alpha=-1)
