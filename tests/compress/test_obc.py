@@ -11,7 +11,7 @@ from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.compress.quantize import solvers_greedy
 from frugallm.compress.quantize.grids import encode, fit
 from frugallm.compress.quantize.obc import OBC
-from frugallm.compress.quantize.solvers import compensate, proxy_loss
+from frugallm.compress.quantize.solvers import compensate, proxy_loss, prune_and_compensate
 from frugallm.compress.quantize.solvers_greedy import prune_greedily, quantize_greedily
 from frugallm.conformance import parts
 from frugallm.conformance.trial import random_model
@@ -207,6 +207,14 @@ def test_pruning_alone_and_both_at_once_keep_their_word(pattern):
     scale, zero = fit(value, q.scheme, "mse", mean_square)
     nearest = QuantizedTensor(encode(value, scale, zero, q.scheme), scale, zero, q.scheme)
     assert proxy_loss(weight, q.dequantize(), h) < proxy_loss(weight, nearest.dequantize(), h)
+
+
+@pytest.mark.parametrize("sparsity", [HALF, Sparsity(share=0.5, pattern="2:4")])
+def test_the_cheapest_zeros_cost_less_than_those_of_one_order_for_all_rows(sparsity):
+    for seed in range(3):
+        weight, h = random_weight(16, 96, seed), moment(96, 800, seed)
+        greedy, ordered = (prune(weight, h, sparsity) for prune in (prune_greedily, prune_and_compensate))
+        assert proxy_loss(weight, greedy, h) < 0.95 * proxy_loss(weight, ordered, h)
 
 
 def test_rows_do_not_see_each_other_when_nothing_is_pruned():

@@ -23,8 +23,12 @@ weight follows (1) to (3) in every row to its end, then gives each next zero to 
 
 When to use it
 --------------
-Where ``gptq`` loses too much in a few layers, chosen with ``only``; or to see what its one order for all rows costs.
-Zeros without rounding: ``bits=null,sparsity=0.5``. Both: ``bits=4,sparsity=0.5``.
+For zeros, with ``bits=null,sparsity=0.5``, in layers chosen with ``only``: in rows of six linears of SmolLM2-135M the squared
+error of the output was 0.27 to 0.74 of that of ``sparsegpt``. With ``bits=4,sparsity=0.5`` what stays is rounded as well.
+For rounding alone ``gptq`` is better as well as faster: at 3 bits in groups of 64, in rows of eight linears, the error was
+0.2 to 0.7 of that of rounding to nearest, but 1.1 to 5.4 times that of ``gptq``. The cheapest weights are those of inputs
+that vary little. They go first, and nothing is left to make up for those of the large inputs; with ``act_order``
+``gptq`` begins with these.
 
 Cost
 ----
@@ -51,7 +55,7 @@ code https://github.com/IST-DASLab/OBC.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -88,7 +92,7 @@ class OBC(PruneMethod):
         code="https://github.com/IST-DASLab/OBC",
         row="q-obc",
         baseline="rtn",
-        claim="With attention at 3 bits the model stays closer to the original than with it rounded to nearest.",
+        claim="With attention at 3 bits, one scale a row, the model stays closer to the original than with rounding.",
     )
     solves: ClassVar[Literal["step", "default", "no"]] = "step"
     solve_needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
@@ -172,12 +176,10 @@ class OBC(PruneMethod):
     @classmethod
     def claim(cls, bench: Bench) -> Claim:
         """Compare with rounding the attention's linears at 3 bits on the same grid: KL to the original, held-out text."""
-        attention = ("*att*n*",)
-        claim = bench.claim_lower(
-            ours=[cls(bits=3, search="minmax", only=attention)],
-            baseline=[RTN(bits=3, only=attention)],
-            baseline_name="rtn W3 of the same linears, same groups",
-        )
-        fixed_order = bench.evaluate(GPTQ(bits=3, search="minmax", only=attention))
-        gptq = None if fixed_order.kl is None else fixed_order.kl.value
-        return claim.model_copy(update={"details": {**claim.details, "gptq": gptq}})
+        same: dict[str, Any] = {"bits": 3, "group_size": -1, "search": "minmax", "only": ("*att*n*",)}
+        ours, grid = [cls(**same)], "W3 of the same linears, one scale a row"
+        claim = bench.claim_lower(ours=ours, baseline=[RTN(**same)], baseline_name=f"rtn {grid}")
+        # What the cheapest first gains or loses against one order for all rows.
+        gptq = bench.claim_lower(ours=ours, baseline=[GPTQ(**same)], baseline_name=f"gptq {grid}")
+        details = {"gptq": gptq.baseline_value, "gptq_interval": gptq.details["interval"]}
+        return claim.model_copy(update={"details": {**claim.details, **details}})
