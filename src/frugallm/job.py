@@ -31,8 +31,10 @@ from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.linears import name_in_files, turned
 from frugallm.progress import Progress
 from frugallm.recipe import Recipe
+from frugallm.walk.forward import ROWS_PER_CHUNK
 from frugallm.walk.hidden import HIDDEN_LIMIT
-from frugallm.walk.walk import ROWS_PER_CHUNK, SolvedBlock, Walk
+from frugallm.walk.solved import SolvedBlock
+from frugallm.walk.walk import Walk
 
 PARTIAL = ".partial"
 STATE, MANIFEST, CHOICE = "job.json", "manifest.json", "schemes.json"
@@ -92,7 +94,9 @@ def _walk_reads_text(plan: Plan) -> bool:
     """Whether any step reads it while blocks are worked on, and not only to choose beforehand."""
     names = {*plan.linears, *plan.pruned}
     works = [work for name in names if (work := plan.work(name)) is not None]
-    return any(s.rewrite_needs for s in plan.rewrites) or any(w.needs or w.input_needs for w in works)
+    if plan.reconstructions or any(s.rewrite_needs for s in plan.rewrites):
+        return True
+    return any(w.needs or w.input_needs for w in works)
 
 
 class Identified(Protocol):
@@ -284,6 +288,7 @@ def compress(job: Job, place: Workplace, progress: Progress) -> Job:
         fast=job.fast,
         stored=job.stored,
         hidden_limit=job.hidden_limit,
+        seed=job.seed,
     )
     stored = place.stored(job)
     _write_table(job, place)
@@ -305,8 +310,7 @@ def compress(job: Job, place: Workplace, progress: Progress) -> Job:
         _write_block(job, place, part, walk.solve(index))
         give_back()
         progress.event("block", index=index + 1, of=len(walk))
-    if walk.hidden is not None:
-        walk.hidden.close()
+    walk.close()
     _write_final(job, place)
     return job
 

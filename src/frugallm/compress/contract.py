@@ -10,6 +10,8 @@ A :class:`BlockMethod` works on decoder blocks. It may have these verbs and writ
     Choose the stored values of one weight ``(out, in)`` on a grid.
 ``repair(weight, stored, statistics)``
     Store something beside the codes of a weight that this step or an earlier one has rounded.
+``reconstruct(task)``
+    Train the codes of a whole block, with gradients, so that its outputs come close to those of the original block.
 
 ``schemes(checkpoint, planned, statistics)`` is for steps that choose for every linear *how* it will be stored, before
 anything is changed: other group sizes, other bits. Whoever rounds the linear does so on the grid that was chosen.
@@ -43,6 +45,7 @@ from frugallm.method import Method
 if TYPE_CHECKING:
     from frugallm.models.checkpoint import Checkpoint
     from frugallm.walk.block import Block
+    from frugallm.walk.reconstruction import Reconstructed, Reconstruction
 
 GROUP_SIZES = (128, 64, 32, 16)
 MIN_GROUP = 16
@@ -94,6 +97,16 @@ class BlockMethod(Method):
     def repair_needs(self) -> frozenset[str]:
         """Names of the statistics that ``repair`` reads with the parameters that the step has."""
         return frozenset()
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether this step, with the parameters that it has, trains blocks after they are solved."""
+        return type(self).reconstruct is not BlockMethod.reconstruct
+
+    @property
+    def reads_original(self) -> bool:
+        """Whether ``reconstruct`` reads the hidden states of the original model, with the parameters that the step has."""
+        return False
 
     @property
     def rounds(self) -> bool:
@@ -183,6 +196,10 @@ class BlockMethod(Method):
         self, weight: Tensor, stored: QuantizedTensor, statistics: Mapping[str, Tensor]
     ) -> QuantizedTensor:
         """Return ``stored`` with extras of the kinds in ``adds``, closer to ``weight`` ``(out, in)`` float32."""
+        raise NotImplementedError
+
+    def reconstruct(self, task: Reconstruction) -> Reconstructed:
+        """Train what a solved block is stored as; schemes, shapes and everything else about it stay."""
         raise NotImplementedError
 
 

@@ -13,6 +13,7 @@ from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.errors import ParameterError, RecipeError
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.method import Method
+from frugallm.walk.statistics import PAIRED
 
 if TYPE_CHECKING:
     from frugallm.models.checkpoint import Checkpoint
@@ -155,6 +156,8 @@ class Plan:
     choosers
         Steps that choose, when the work begins, how each linear is stored (:mod:`frugallm.choice`). Until then the
         schemes are those that the rounding steps ask for.
+    reconstructions
+        Steps that train blocks after they are solved, in order.
     """
 
     rewrites: tuple[BlockMethod, ...]
@@ -165,11 +168,24 @@ class Plan:
     pruned: dict[str, PrunePlan] = field(default_factory=dict)
     modules: Modules = "Linear"
     choosers: tuple[BlockMethod, ...] = ()
+    reconstructions: tuple[BlockMethod, ...] = ()
 
     @property
     def quantizes(self) -> bool:
         """Whether anything is stored in another form than dense."""
         return bool(self.linears or self.tables)
+
+    @property
+    def reads_original(self) -> bool:
+        """Whether any step reads the hidden states of the original model, so that the walk must carry them."""
+        works = [self.work(name) for name in (*self.linears, *self.pruned)]
+        compares = any(work.needs & PAIRED.keys() for work in works if work is not None)
+        return compares or any(step.reads_original for step in self.reconstructions)
+
+    def reconstructing(self, names: Iterable[str]) -> tuple[BlockMethod, ...]:
+        """Return the steps that train any of the linears of these full names, in order."""
+        rounded = [name for name in names if name in self.linears]
+        return tuple(step for step in self.reconstructions if any(map(step.touches, rounded)))
 
     def work(self, name: str) -> Work | None:
         """Return what is done to the weights of the linear of that full name, if anything."""
@@ -230,9 +246,38 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
         notes.append(f"left in 16 bits: {shown}")
     rewrites = tuple(s for s in blocks if s.rewrites)
     choosers = tuple(s for s in blocks if s.chooses)
-    return Plan(
-        rewrites, linears, plan_tables, left, tuple(notes), pruned, _modules(linears, family), choosers
+    plan = Plan(
+        rewrites,
+        linears,
+        plan_tables,
+        left,
+        tuple(notes),
+        pruned,
+        _modules(linears, family),
+        choosers,
+        tuple(s for s in blocks if s.reconstructs),
     )
+    _check_training(plan, checkpoint)
+    return plan
+
+
+def _check_training(plan: Plan, checkpoint: Checkpoint) -> None:
+    for step in plan.reconstructions:
+        if not any(step.touches(name) for name in plan.linears):
+            raise RecipeError(
+                f"{step.name()} finds no rounded linear to train", "Put a step that rounds before it"
+            )
+    for index in range(checkpoint.config.num_hidden_layers if plan.reads_original else 0):
+        for sub in checkpoint.family.graph(checkpoint.config, index):
+            for site in sub.outputs if sub.routed else ():
+                name = f"{checkpoint.family.block(index)}.{site.name}"
+                work = plan.work(name)
+                if work is not None and work.needs & PAIRED.keys():
+                    raise RecipeError(
+                        f"{work.steps[-1].name()} compares inputs with those of the original model, which sends other "
+                        f"tokens to the expert of {name}",
+                        f"Skip *.{site.name.rpartition('.')[2]} there, or use another step for them",
+                    )
 
 
 def _modules(linears: Iterable[str], family: Family) -> Modules:
@@ -280,6 +325,14 @@ def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tu
         return f"{shared} would be rounded twice", keep_one
     if shared and rounds and earlier.repairs and step.solves == "step":
         return f"what {earlier.name()} adds makes up for the rounding of {shared}, which is done later", swap
+    if (
+        shared
+        and earlier.reconstructs
+        and (step.prunes or step.repairs or (rounds and step.solves == "step" and not earlier.chooses))
+    ):
+        return f"what {earlier.name()} trains in {shared} would be changed again", swap
+    if step.rewrites and earlier.reconstructs:
+        return "a smoothing step would change what is trained", swap
     if shared and step.repairs and earlier.prunes:
         return f"what it adds would fill the zeros of {shared}", keep_one
     if shared and step.chooses and rounded:

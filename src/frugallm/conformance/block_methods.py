@@ -81,6 +81,8 @@ def checks(method: type[Method]) -> list[Check]:
         found += [a_repair_comes_closer, a_repair_makes_up_for_any_rounding]
     if method.schemes is not BlockMethod.schemes:
         found.append(a_later_step_rounds_as_was_chosen)
+    if method.reconstruct is not BlockMethod.reconstruct:
+        found.append(a_reconstruction_never_loses)
     if method.prune is not BlockMethod.prune:
         found += [a_pruner_zeroes_what_it_says, zeros_are_in_the_folder]
         if not step.rounds:  # what rounds itself comes before no step that rounds
@@ -349,6 +351,17 @@ def a_later_step_rounds_as_was_chosen(trial: Trial) -> None:
     ensure(solvers == {parts.Nearest.name()}, f"rounded by {', '.join(sorted(solvers))}")
     ensure(claimed_bytes(run) == file_bytes(run), "what is stored is not what was chosen")
     loads_outside_as_in_memory(run, windows("tied"))
+
+
+def a_reconstruction_never_loses(trial: Trial) -> None:
+    """Trained, a block is as close to the original on windows that were held out as before, and some block is closer."""
+    run = trial.run()
+    errors = [(f["block_error"], f["block_error_before"]) for f in layer_facts(run.job, run.place)]
+    worse = [pair for pair in errors if not pair[0] <= pair[1]]
+    ensure(
+        not worse, f"the error of a block rises from {worse[0][1]:.3g} to {worse[0][0]:.3g}" if worse else ""
+    )
+    ensure(any(after < before for after, before in errors), "no block comes closer to the original")
 
 
 def a_pruner_zeroes_what_it_says(trial: Trial) -> None:

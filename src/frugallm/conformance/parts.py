@@ -42,7 +42,8 @@ def example(rows: int, width: int, needs: frozenset[str], seed: int = 0) -> tupl
     inputs = torch.randn(8 * width, width, generator=generator) @ mix
     weight = torch.randn(rows, width, generator=generator) * 0.1
     gather = Gather(needs, width)
-    gather.add(inputs)
+    moved = inputs + 0.1 * torch.randn(inputs.shape, generator=generator) * inputs.std(0)
+    gather.add(inputs, moved)
     return weight, dict(gather.values())
 
 
@@ -237,6 +238,8 @@ def container_bytes(
     scale = rows * groups * getattr(torch, weights.scale_dtype).itemsize
     clusters = scheme.activations and scheme.activations.clusters
     static = width + 6 * clusters if clusters else 4 if scheme.static_inputs else 0
+    if scheme.activations is not None and scheme.activations.reassembled:
+        static += (4 + 2) * width
     if weights.second is not None:
         codes = 4 * rows * -(-width * weights.bits // 32) + 16 if packed else rows * width
         return codes + 2 * second_level_bytes(weights.second, rows, groups) + static

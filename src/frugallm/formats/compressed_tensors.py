@@ -19,8 +19,9 @@ quantized      not                      ``input_scale``
 ============== ======================== ===================================================================================
 
 Some keys are our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded,
-and ``clusters``, how many static grids their channels share (:mod:`frugallm.formats.rounded_inputs`); ``grid`` in both,
-where the format has no name for what codes stand for (:mod:`frugallm.formats.levels`); ``zero_dtype`` in ``weights``, where
+``clusters``, how many static grids their channels share (:mod:`frugallm.formats.rounded_inputs`), and ``reassembled``,
+where channels are split and shared before they are rounded (:mod:`frugallm.formats.channels`); ``grid`` in both, where the
+format has no name for what codes stand for (:mod:`frugallm.formats.levels`); ``zero_dtype`` in ``weights``, where
 ``weight_zero_point`` is float16 ``(out, groups)`` and not packed; ``extras`` in ``weights``, kinds of what is stored beside
 the codes (:mod:`frugallm.formats.extras`); and ``second`` in ``weights``, a scheme in which scales and zero points are
 stored: as ``weight_scale_packed``, ``weight_scale_scale``, ``weight_scale_zero_point`` and ``weight_zero_packed``, … instead
@@ -226,6 +227,8 @@ def _input_arguments(scheme: LinearScheme) -> dict[str, Any] | None:
         arguments["clusters"] = scheme.activations.clusters
     if scheme.activations.grid == "olive":
         arguments["grid"] = scheme.activations.grid
+    if scheme.activations.reassembled:
+        arguments["reassembled"] = True
     return arguments
 
 

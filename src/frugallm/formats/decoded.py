@@ -41,6 +41,7 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
         dynamic=inputs["dynamic"],
         outliers=inputs.get("outliers"),
         clusters=inputs.get("clusters"),
+        reassembled=inputs.get("reassembled", False),
     )
     return LinearScheme(weights=_weights_of(weights), activations=activations)
 

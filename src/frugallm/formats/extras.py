@@ -15,6 +15,8 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from frugallm.formats.channels import Reassembly
+
 #: Type of weights that are kept beside the codes: three bits finer than bf16, and no weight is beyond its range.
 KEPT = torch.float16
 
@@ -184,5 +186,36 @@ class Entries(Extra):
         )
 
 
-KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in (LowRank, Columns, Entries)}
+@dataclass(frozen=True)
+class Channels(Extra):
+    """The codes' columns are those of inputs that are split and shared; this gives the plain ones.
+
+    Attributes
+    ----------
+    reassembly
+        Which channel goes where.
+    """
+
+    kind: ClassVar[str] = "channels"
+    leaves: ClassVar[tuple[str, ...]] = ("weight_channel_groups", "weight_channel_parts")
+
+    reassembly: Reassembly
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102
+        return self.reassembly.plain(weight)
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        # Linears of one site share them in memory, and no two stored tensors may.
+        return dict(zip(self.leaves, (self.reassembly.groups.clone(), self.reassembly.parts.clone())))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:  # noqa: D102
+        groups, parts = (tensors[leaf] for leaf in cls.leaves)
+        return cls(Reassembly(groups, parts))
+
+    def rows(self, start: int, stop: int) -> Self:  # noqa: D102
+        return self
+
+
+KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in (LowRank, Columns, Entries, Channels)}
 LEAVES = tuple(leaf for extra in KINDS.values() for leaf in extra.leaves)

@@ -132,6 +132,8 @@ class ActivationScheme(BaseModel):
     clusters
         How many static grids, each with a zero point, the channels share; which channel has which is stored. ``None``:
         one symmetric grid for all. Only where inputs are static.
+    reassembled
+        Large channels are split and similar ones shared before they are rounded (:mod:`frugallm.formats.channels`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -141,6 +143,7 @@ class ActivationScheme(BaseModel):
     dynamic: bool = True
     outliers: float | None = Field(None, gt=0)
     clusters: int | None = Field(None, ge=1, le=256)
+    reassembled: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -160,7 +163,8 @@ class ActivationScheme(BaseModel):
         kind = "" if self.grid == "int" else f" {self.grid}"
         kept = "" if self.outliers is None else f" beside outliers from {self.outliers:g}"
         grids = "" if self.clusters is None else f", {self.clusters} clusters"
-        return f"A{self.bits}{kind} {'per token' if self.dynamic else 'static'}{kept}{grids}"
+        split = ", channels split and shared" if self.reassembled else ""
+        return f"A{self.bits}{kind} {'per token' if self.dynamic else 'static'}{kept}{grids}{split}"
 
 
 class LinearScheme(BaseModel):

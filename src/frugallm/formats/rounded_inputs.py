@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 from frugallm.formats import levels
+from frugallm.formats.channels import Reassembly
 from frugallm.formats.quantized_tensor import ActivationScheme
 
 if TYPE_CHECKING:
     from torch import nn
 
 #: Stored tensors of rounded inputs, by the ends of their names.
-LEAVES = ("input_scale", "input_clusters", "input_zero_point")
+LEAVES = ("input_scale", "input_clusters", "input_zero_point", "input_groups", "input_parts")
+
+
+def nearest(x: Tensor) -> Tensor:
+    """Return ``x`` rounded to whole numbers; gradients pass as if it were not, the values are the same."""
+    return x + (x.round() - x).detach() if x.requires_grad else x.round()
 
 
 def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -30,6 +36,10 @@ def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[s
     compressed-tensors; beside outliers on ``2^(b-1) - 1``, as in bitsandbytes. With clusters, each channel has the
     grid of its cluster.
     """
+    if scheme.reassembled:
+        channels = Reassembly.of(parameters, x.shape[-1])
+        alone = scheme.model_copy(update={"reassembled": False})
+        return channels.spread(round_activations(channels.gathered(x.float()), alone, parameters)).to(x.dtype)
     last = 2 ** (scheme.bits - 1) - 1
     if scheme.clusters is not None:
         return _round_by_cluster(x, last, parameters)
@@ -42,7 +52,7 @@ def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[s
         scale = parameters["input_scale"]
     if scheme.grid != "int":
         return (levels.nearest_values(x.float() / scale, scheme.grid) * scale).to(x.dtype)
-    return ((x.float() / scale).round_().clamp_(-last - 1, last) * scale).to(x.dtype)
+    return (nearest(x.float() / scale).clamp(-last - 1, last) * scale).to(x.dtype)
 
 
 def _round_by_cluster(x: Tensor, last: int, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -53,8 +63,8 @@ def _round_by_cluster(x: Tensor, last: int, parameters: Mapping[str, Tensor]) ->
     """
     cluster = parameters["input_clusters"].long()
     scale, zero = parameters["input_scale"][cluster], parameters["input_zero_point"][cluster]
-    codes = (x.float() / scale).round_().add_(zero).clamp_(-last - 1, last)
-    return (codes.sub_(zero) * scale).to(x.dtype)
+    codes = (nearest(x.float() / scale) + zero).clamp(-last - 1, last)
+    return ((codes - zero) * scale).to(x.dtype)
 
 
 def _round_beside_outliers(x: Tensor, threshold: float, last: int) -> Tensor:
@@ -67,7 +77,7 @@ def _round_beside_outliers(x: Tensor, threshold: float, last: int) -> Tensor:
     left = outlier.flatten(0, -2).any(0)  # (in,)
     scale = x.float().masked_fill(outlier, 0).abs().amax(-1, keepdim=True) / last
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return torch.where(left, x, ((x.float() / scale).round_() * scale).to(x.dtype))
+    return torch.where(left, x, (nearest(x.float() / scale) * scale).to(x.dtype))
 
 
 def static_scale(absmax: Tensor, scheme: ActivationScheme) -> Tensor:

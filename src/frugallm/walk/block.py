@@ -65,6 +65,13 @@ class Block:
         """Return the weight ``(out, in)`` float32 of a linear, or the gain of a norm."""
         return self.state[f"{path}.weight"]
 
+    def weight_moment(self, site: Site) -> Tensor:
+        """Return ``W^T W (in, in)`` of all weights that read the input of ``site``."""
+        moment = torch.zeros(())
+        for path in site.linears:
+            moment = moment + self.weight(path).T @ self.weight(path)
+        return moment
+
     def set_weight(self, path: str, value: Tensor) -> None:
         """Replace a weight, in the module as well."""
         self.state[f"{path}.weight"] = value

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from frugallm.models.family import Family, Site, Sublayer
 from frugallm.walk.block import Block
+from frugallm.walk.hidden import HiddenStates
+
+ROWS_PER_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,21 @@ class Entrance:
             self.base(input_ids=torch.arange(windows * length).view(windows, length), use_cache=False)
         return self.recorders[0].__dict__["hidden"]
 
+    def fill(self, hidden: HiddenStates, windows: Tensor, rows: Callable[[int, int], Tensor]) -> None:
+        """Write what the first block is given for ``windows (windows, length)`` of token ids into ``hidden``.
+
+        ``rows(start, stop)`` returns some rows of the table; it is called chunk by chunk.
+        """
+        flat, ids = hidden.values.view(-1, hidden.shape[-1]), windows.reshape(-1)
+        vocabulary = self.embedding.num_embeddings
+        for start in range(0, vocabulary, ROWS_PER_CHUNK):
+            stop = min(start + ROWS_PER_CHUNK, vocabulary)
+            places = ((ids >= start) & (ids < stop)).nonzero()[:, 0]
+            if len(places):
+                flat[places] = rows(start, stop).float()[ids[places] - start]
+        for batch in hidden.batches():
+            hidden[batch] = self(hidden[batch])
+
     def calls(self) -> list[Call]:
         """Return what each block was given beside the hidden states, the last time."""
         return [recorder.__dict__["call"] for recorder in self.recorders]
@@ -136,8 +154,11 @@ def reader(block: Block, site: Site) -> nn.Module:
     return block.module.get_submodule(site.input_of or site.name)
 
 
-def input_of(block: Block, sub: Sublayer, site: Site, call: Call, x: Tensor) -> Tensor:
-    """Return the input of ``site``, a site of ``sub``, for block inputs ``x``; what lies behind it is not computed."""
+def input_of(block: Block, site: Site, call: Call, x: Tensor, sub: Sublayer | None = None) -> Tensor:
+    """Return the input of ``site`` for block inputs ``x``; what lies behind it is not computed.
+
+    With ``sub``, the site's sublayer, the others add nothing: ``x`` are hidden states in front of it already.
+    """
     seen: list[Tensor] = []
 
     def stop(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -147,7 +168,7 @@ def input_of(block: Block, sub: Sublayer, site: Site, call: Call, x: Tensor) -> 
     # In front, so that the input is seen as it comes, before it is rounded.
     hook = reader(block, site).register_forward_pre_hook(stop, prepend=True)
     try:
-        with replaced(block, [(other, None) for other in block.graph if other is not sub]):
+        with replaced(block, [(other, None) for other in block.graph if sub not in (None, other)]):
             call(block.module, x)
     except _Stop:
         return seen[0].reshape(*x.shape[:2], -1)  # some blocks (OPT, experts) take their windows apart

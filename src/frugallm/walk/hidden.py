@@ -32,6 +32,7 @@ class HiddenStates:
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, spill: Path, limit: int) -> None:
         windows, length, width = shape
         count = windows * length * width
+        self.shape = shape
         self.bytes = count * dtype.itemsize
         self.spilled = self.bytes > limit
         if self.spilled:

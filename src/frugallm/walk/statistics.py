@@ -1,7 +1,8 @@
 """Statistics of a linear's input, gathered by name while the calibration windows pass.
 
 A method names what it needs; the walk gathers each statistic once per site for all methods that asked, in float32.
-Adding a statistic is adding one class to :data:`STATISTICS`.
+Adding a statistic is adding one class to :data:`STATISTICS`. One that compares both streams of hidden states stands in
+:data:`PAIRED`; whoever needs one makes the walk carry the second.
 """
 
 from __future__ import annotations
@@ -159,6 +160,30 @@ class Sample:
         return self.kept[spread].float()
 
 
+class CrossMoment:
+    """``(X_o - X)^T X / tokens``, ``(in, in)`` float32: how far the inputs have moved, against the inputs.
+
+    ``X (tokens, in)`` are the inputs of the model as stored, ``X_o`` those of the original model for the same tokens, both
+    in the basis of the block as it is rounded (behind what rewrites it). Divided by the tokens as the second moment is, so
+    that the two may stand in one formula.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.total = torch.zeros(width, width)
+        self.tokens = 0
+
+    def add(self, x: Tensor, original: Tensor) -> None:
+        """Take in one piece of both streams, ``(tokens, in)`` each."""
+        with products_in(x.dtype):
+            moved = original.float() - x.float()
+            self.total.addmm_(moved.T, x.float())
+        self.tokens += x.shape[0]
+
+    def value(self) -> Tensor:
+        """Return the moment ``(in, in)``; called once. Row ``i`` is the channel that moved."""
+        return self.total.div_(max(self.tokens, 1))
+
+
 STATISTICS: dict[str, type[Accumulator]] = {
     "absmax": AbsMax,
     "absmean": AbsMean,
@@ -168,19 +193,31 @@ STATISTICS: dict[str, type[Accumulator]] = {
     "second_moment": SecondMoment,
 }
 
+#: Statistics of both streams at once: the inputs of the model as stored, and those of the original model.
+PAIRED: dict[str, type[CrossMoment]] = {"cross_moment": CrossMoment}
+
 
 class Gather:
     """The accumulators of one site for the statistics named in ``needs``."""
 
     def __init__(self, needs: Iterable[str], width: int) -> None:
-        self.accumulators = {name: STATISTICS[name](width) for name in sorted(needs)}
+        needs = sorted(needs)
+        self.accumulators = {name: STATISTICS[name](width) for name in needs if name not in PAIRED}
+        self.pairs = {name: PAIRED[name](width) for name in needs if name in PAIRED}
 
-    def add(self, x: Tensor) -> None:
-        """Take in inputs ``(..., in)``."""
+    def __bool__(self) -> bool:
+        return bool(self.accumulators or self.pairs)
+
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Take in inputs ``(..., in)``, and the original model's for the same tokens where a statistic compares them."""
         x = x.reshape(-1, x.shape[-1])
         for accumulator in self.accumulators.values():
             accumulator.add(x)
+        for pair in self.pairs.values():
+            assert original is not None
+            pair.add(x, original.reshape(x.shape))
 
     def values(self) -> Statistics:
         """Return name to statistic."""
-        return {name: a.value() for name, a in self.accumulators.items()}
+        alone = {name: accumulator.value() for name, accumulator in self.accumulators.items()}
+        return {**alone, **{name: pair.value() for name, pair in self.pairs.items()}}

@@ -3,6 +3,9 @@
 A block's linears are solved in the order in which they are computed. The windows stop in front of each site, the
 statistics of its input are complete, its linears are solved, and the windows go on through the stored values. So every
 linear sees inputs that have passed through everything stored before it, at the price of one forward per block.
+
+Where a step asks for it, a second stream of hidden states goes along, those of the original model, and a solved block is
+trained to compute what the original does; where none does, neither costs anything.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,22 @@ import torch
 from torch import Tensor
 
 from frugallm.compress.plan import Plan, Work
-from frugallm.compress.prune.unstructured.masks import choose_zeros
-from frugallm.compress.quantize.grids import round_to_nearest
-from frugallm.compress.quantize.solvers import proxy_loss
 from frugallm.errors import DataError
-from frugallm.evaluate.precision import products_in
 from frugallm.formats.quantized_tensor import QuantizedTensor
 from frugallm.formats.rounded_inputs import round_inputs
 from frugallm.models.checkpoint import Checkpoint, meta_model
 from frugallm.models.family import Site, Sublayer, parallel
 from frugallm.walk.block import Block
+from frugallm.walk.facts import linear_facts
 from frugallm.walk.forward import Call, Entrance, input_of, replaced, watched
 from frugallm.walk.hidden import HIDDEN_LIMIT, HiddenStates
+from frugallm.walk.reconstruction import reconstruct
+from frugallm.walk.solved import SolvedBlock
 from frugallm.walk.statistics import Gather, Statistics
 
-ROWS_PER_CHUNK = 8192
 ENTRIES_SOLVED_AT_ONCE = 2**26
+#: Not a statistic of inputs, but of what reads them; only ``input_parameters`` may ask for it.
+WEIGHT_MOMENT = "weight_moment"
 
 
 def _at_once(paths: list[str], block: Block) -> Iterator[list[str]]:
@@ -49,24 +52,6 @@ def _at_once(paths: list[str], block: Block) -> Iterator[list[str]]:
         lot.append(path)
         entries += size
     yield lot
-
-
-def _naive(weight: Tensor, form: QuantizedTensor | Tensor, work: Work) -> Tensor:
-    """Return what the same zeros and the same grid make of ``weight`` by magnitude and rounding alone."""
-    if work.pruned is not None:
-        weight = weight.masked_fill(choose_zeros(weight.abs(), work.pruned.zeros, "layer"), 0.0)
-    return weight if isinstance(form, Tensor) else round_to_nearest(weight, form.scheme).dequantize()
-
-
-@dataclass
-class SolvedBlock:
-    """What came out of one block: stored linears by path, tensors of their rounded inputs, and facts for the report."""
-
-    block: Block
-    linears: dict[str, QuantizedTensor] = field(default_factory=dict)
-    inputs: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Walk:
@@ -86,6 +71,8 @@ class Walk:
         Type of products.
     stored
         Type in which uncompressed tensors are stored; activations flow on from values rounded to it.
+    seed
+        Decides what steps draw at random.
     """
 
     def __init__(
@@ -98,13 +85,16 @@ class Walk:
         fast: torch.dtype = torch.bfloat16,
         stored: torch.dtype = torch.bfloat16,
         hidden_limit: int = HIDDEN_LIMIT,
+        seed: int = 0,
     ) -> None:
         self.checkpoint, self.plan, self.windows = checkpoint, plan, windows
         self.scratch, self.fast, self.stored, self.hidden_limit = scratch, fast, stored, hidden_limit
+        self.seed = seed
         self.family, self.config = checkpoint.family, checkpoint.config
         self.skeleton = meta_model(checkpoint)
         self.blocks = list(self.skeleton.get_submodule(self.family.blocks))
         self.hidden: HiddenStates | None = None
+        self.original: HiddenStates | None = None  # of the original model, if a step of the plan reads them
         self.calls: list[Call] = []
 
     def __len__(self) -> int:
@@ -116,21 +106,27 @@ class Walk:
         """Fill the hidden states from the table's rows ``rows(start, stop)`` as they are stored, chunk by chunk."""
         if self.windows is None:
             return
-        count, length = self.windows.shape
-        width = self.config.hidden_size
-        spill = self.scratch / "hidden.bin"
-        self.hidden = HiddenStates((count, length, width), torch.float32, spill, self.hidden_limit)
-        flat, ids = self.hidden.values.view(-1, width), self.windows.reshape(-1)
-        for start in range(0, self.config.vocab_size, ROWS_PER_CHUNK):
-            stop = min(start + ROWS_PER_CHUNK, self.config.vocab_size)
-            places = ((ids >= start) & (ids < stop)).nonzero()[:, 0]
-            if len(places):
-                flat[places] = rows(start, stop).float()[ids[places] - start]
+        shape = (*self.windows.shape, self.config.hidden_size)
         entrance = Entrance(self.skeleton, self.family, self._as_stored)
-        for batch in self.hidden.batches():
-            self.hidden[batch] = entrance(self.hidden[batch])
+        self.hidden = self._states(shape, torch.float32, "hidden")
+        entrance.fill(self.hidden, self.windows, rows)
+        if self.plan.reads_original:
+            own_rows = partial(self.checkpoint.rows, f"{self.family.embedding}.weight")
+            self.original = self._states(shape, torch.float32, "original")
+            entrance.fill(self.original, self.windows, own_rows)
         entrance(self.hidden[:1])  # one window's rotary values and mask serve any number
         self.calls = entrance.calls()
+
+    def _states(self, shape: tuple[int, int, int], dtype: torch.dtype, name: str) -> HiddenStates:
+        """Return room for hidden states, in memory as long as all that are held stay within the limit."""
+        held = sum(states.held_bytes for states in (self.hidden, self.original) if states is not None)
+        return HiddenStates(shape, dtype, self.scratch / f"{name}.bin", self.hidden_limit - held)
+
+    def close(self) -> None:
+        """Let the hidden states go."""
+        for states in (self.hidden, self.original):
+            if states is not None:
+                states.close()
 
     def _as_stored(self, name: str) -> Tensor:
         return self.checkpoint.tensor(name).to(self.stored).float()
@@ -155,22 +151,55 @@ class Walk:
         for step in self.plan.rewrites:
             statistics = self.observe(done.block, step.rewrite_needs) if self.hidden is not None else {}
             step.rewrite(done.block, statistics)
+        steps = self.plan.reconstructing(done.block.full_name(path) for path in done.block.linears)
+        if steps or self.original is not None:
+            done.reference = self.load(index, dict(done.block.state))
         done.block.round_to(self.stored)
+        before, inputs = (dict(done.block.state), self._copy(index)) if steps else ({}, None)
         done.seconds["rewrite"] = time.perf_counter() - started
         self._advance(done, solving=True)
+        if inputs is not None and self.hidden is not None:
+            reconstruct(self, done, steps, before, inputs)
+            self.hidden.close()
+            self.hidden = inputs
+            now = {done.block.full_name(path): parameters for path, parameters in done.inputs.items()}
+            self._pass(index, done.block.state, lambda name: now.get(name, {}))
+        done.reference = None
+        self._advance_original(index)
         done.seconds["total"] = time.perf_counter() - started
         return done
+
+    def _copy(self, index: int) -> HiddenStates:
+        assert self.hidden is not None
+        copy = self._states(self.hidden.shape, torch.float32, f"hidden-{index}")
+        copy.values.copy_(self.hidden.values)
+        return copy
 
     def replay(
         self, index: int, state: dict[str, Tensor], input_parameters: Callable[[str], dict[str, Tensor]]
     ) -> None:
         """Move the hidden states through block ``index`` as it was stored; ``input_parameters`` by full name."""
+        self._pass(index, state, input_parameters)
+        self._advance_original(index)
+
+    def _pass(
+        self, index: int, state: dict[str, Tensor], input_parameters: Callable[[str], dict[str, Tensor]]
+    ) -> None:
         done = SolvedBlock(self.load(index, state))
         for path in done.block.linears:
             plan = self.plan.linears.get(done.block.full_name(path))
             if plan is not None and plan.scheme.activations is not None:
                 done.inputs[path] = input_parameters(done.block.full_name(path))
         self._advance(done, solving=False)
+
+    def _advance_original(self, index: int) -> None:
+        """Take the original model's hidden states through block ``index`` as it was, rewritten or not."""
+        if self.original is None or index + 1 == len(self):  # nobody reads what the last block gives
+            return
+        module, call = self.load(index).module, self.calls[index]
+        with self._running():
+            for batch in self.original.batches():
+                self.original[batch] = call(module, self.original[batch])
 
     def observe(self, block: Block, needs: frozenset[str]) -> dict[str, Statistics]:
         """Return statistics of every site of ``block`` as it is, the hidden states untouched."""
@@ -226,9 +255,10 @@ class Walk:
         with self._running():
             for number, sub in enumerate(block.graph):
                 gather = self._gather(block, sub.reads, solving)
-                if gather.accumulators:
+                if gather:
                     for batch in self.hidden.batches():
-                        gather.add(self._input(block, sub, sub.reads, batch))
+                        x = self._input(block, sub, sub.reads, batch)
+                        gather.add(x, self._original_input(done, gather, sub.reads, batch))
                 self._finish_site(done, sub.reads, gather, solving)
                 if sub.routed:
                     self._through_experts(done, sub, solving)
@@ -247,12 +277,11 @@ class Walk:
         block, (site,) = done.block, sub.outputs
         gather = self._gather(block, site, solving)
         count, length, _ = self.hidden.values.shape
-        spill = self.scratch / f"inner-{number}.bin"
         shape = (count, length, block.weight(site.name).shape[1])
-        inner = HiddenStates(shape, self.fast, spill, self.hidden_limit - self.hidden.held_bytes)
+        inner = self._states(shape, self.fast, f"inner-{number}")
         for batch in self.hidden.batches():
             inner[batch] = self._input(block, sub, site, batch)
-            gather.add(inner[batch])
+            gather.add(inner[batch], self._original_input(done, gather, site, batch))
         self._finish_site(done, site, gather, solving)
         return inner
 
@@ -266,7 +295,7 @@ class Walk:
         gathers = {site.name: self._gather(block, site, solving) for site in sub.outputs}
         others = [(other, None) for other in block.graph if other is not sub]
         with replaced(block, others):
-            if any(g.accumulators for g in gathers.values()):
+            if any(gathers.values()):
                 with watched(block, sub.outputs, lambda site, x: gathers[site.name].add(x.to(self.fast))):
                     for batch in self.hidden.batches():
                         call(block.module, self.hidden[batch])
@@ -297,7 +326,15 @@ class Walk:
 
     def _input(self, block: Block, sub: Sublayer, site: Site, batch: slice) -> Tensor:
         assert self.hidden is not None
-        return input_of(block, sub, site, self.calls[block.index], self.hidden[batch]).to(self.fast)
+        return input_of(block, site, self.calls[block.index], self.hidden[batch], sub).to(self.fast)
+
+    def _original_input(self, done: SolvedBlock, gather: Gather, site: Site, batch: slice) -> Tensor | None:
+        """Return the original model's input of ``site``, where a statistic compares it with the stored one's."""
+        if not gather.pairs:
+            return None
+        assert done.reference is not None and self.original is not None
+        call = self.calls[done.block.index]
+        return input_of(done.reference, site, call, self.original[batch]).to(self.fast)
 
     def _gather(self, block: Block, site: Site, solving: bool) -> Gather:
         needs: set[str] = set()
@@ -305,7 +342,7 @@ class Walk:
             work = self.plan.work(block.full_name(path))
             if work is not None and solving:
                 needs |= work.needs | work.input_needs
-        return Gather(needs, block.weight(site.name).shape[1])
+        return Gather(needs - {WEIGHT_MOMENT}, block.weight(site.name).shape[1])
 
     def _solve_site(self, done: SolvedBlock, site: Site, statistics: Statistics) -> None:
         """Solve the linears of ``site``; where statistics are used, those with one plan are solved as one weight.
@@ -324,7 +361,10 @@ class Walk:
                 plan = work.rounded
                 key = () if plan is None else (id(plan.rounder), plan.scheme.activations)
                 if key not in inputs:
-                    inputs[key] = self._input_parameters(block.full_name(path), work, statistics)
+                    seen = dict(statistics)
+                    if WEIGHT_MOMENT in work.input_needs:
+                        seen[WEIGHT_MOMENT] = block.weight_moment(site)
+                    inputs[key] = self._input_parameters(block.full_name(path), work, seen)
                 if (parameters := inputs[key]) is not None:
                     done.inputs[path] = {leaf: tensor.clone() for leaf, tensor in parameters.items()}
                 one_unit = plan is not None and plan.scheme.weights.two_scales
@@ -368,21 +408,8 @@ class Walk:
     ) -> None:
         original = done.block.weight(path)
         value = form.to(self.stored).float() if isinstance(form, Tensor) else form.dequantize()
-        facts: dict[str, Any] = {
-            "name": done.block.full_name(path),
-            "scheme": work.label(),
-            "step": " ".join(step.name() for step in (*work.steps, *work.repairs)),
-        }
-        facts["weight_error"] = float((value - original).norm() / original.norm().clamp(min=1e-12))
-        if work.pruned is not None:
-            facts |= {"weights": value.numel(), "zeros": int((value == 0).sum())}
-        if "second_moment" in statistics:
-            h = statistics["second_moment"]
-            with products_in(self.fast):  # facts for the report, to three digits
-                size = max(proxy_loss(original, torch.zeros_like(original), h), 1e-30)
-                facts["error"] = proxy_loss(original, value, h) / size
-                facts["baseline_error"] = proxy_loss(original, _naive(original, form, work), h) / size
-        done.layers.append(facts)
+        facts = linear_facts(original, value, form, work, statistics, self.fast)
+        done.layers.append({"name": done.block.full_name(path), **facts})
         if isinstance(form, QuantizedTensor):
             done.linears[path] = form
         done.block.set_weight(path, value)
