@@ -70,6 +70,8 @@ class BlockMethod(Method):
     solves: ClassVar[Literal["step", "default", "no"]] = "no"
     #: Rows of a weight do not see each other, so linears that share an input may be worked on as one weight.
     by_rows: ClassVar[bool] = True
+    #: What rounds leaves the zeros of an earlier step where they are.
+    keeps_zeros: ClassVar[bool] = True
 
     skip: tuple[str, ...] = Field((), description="name patterns of linears to leave as they are")
     only: tuple[str, ...] = Field((), description="name patterns of the linears to work on; empty: all")

@@ -325,6 +325,8 @@ def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tu
         return f"{shared} would be rounded twice", keep_one
     if shared and rounds and earlier.repairs and step.solves == "step":
         return f"what {earlier.name()} adds makes up for the rounding of {shared}, which is done later", swap
+    if shared and rounds and earlier.prunes and not step.keeps_zeros:
+        return f"it stores {shared} in another basis, where its zeros are none", keep_one
     if (
         shared
         and earlier.reconstructs
