@@ -221,6 +221,7 @@ def test_scales_beyond_float16_are_refused(tmp_path, capsys):
         ("awq", "tied", ["smoothquant", "embedding"], "AWQ has no place for rounded inputs"),
         ("awq", "tied", ["rtn:bits=3"], "AWQ has only 4 bits"),
         ("gptq", "tied", ["hqq:bits=4"], "GPTQ has whole zero points only"),
+        ("gptq", "tied", ["rtn:grid=fp4"], "GPTQ has integers only"),
         ("gptq", "tied", ["owq:bits=4,symmetric=true"], "GPTQ has codes and nothing beside them"),
         ("awq", "tied", ["spqr:bits=4"], "AWQ has whole zero points only"),
         ("gptq", "tied", ["rtn:bits=5"], "GPTQ has only 2, 3, 4, 8 bits"),

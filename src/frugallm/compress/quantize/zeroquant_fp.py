@@ -47,7 +47,7 @@ workshop ENLSP 2023, https://arxiv.org/abs/2307.09782.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -120,9 +120,8 @@ class ZeroQuantFP(BlockMethod):
     ) -> QuantizedTensor:
         """Solve ``weight`` ``(out, in)`` on the grid of eq. (1), with scales by eq. (2) or (3)."""
         h = statistics["second_moment"]
-        scale, _ = fit(
-            weight, scheme, self.search, importance=h.diagonal()
-        )  # powers of two by their type: (2)
+        # Eq. (2) lies in the type of the scales: they are rounded up to it.
+        scale, _ = fit(weight, scheme, self.search, importance=h.diagonal())
         if self.scales == "m2":
             scale = below_the_largest(weight, scale, scheme, h.diagonal())
         return compensate(
@@ -154,9 +153,8 @@ def below_the_largest(weight: Tensor, scale: Tensor, scheme: WeightScheme, impor
     ``scale`` are those without the constraint, ``importance (in,)`` the weights of the squared error.
     """
     largest = scale.float().amax(1, keepdim=True)
-    below = 1 / power_of_two(
-        largest / scale.float()
-    )  # k rounded up: at most as large as without the constraint
+    # With k rounded up the scale is at most as large as without the constraint.
+    below = 1 / power_of_two(largest / scale.float())
     candidates = [(stored(largest * below * p, scheme), None) for p in (1.0, 2.0)]
     above = torch.minimum(candidates[1][0].float(), largest).to(scale.dtype)
     return best_of(weight, scheme, [candidates[0], (above, None)], importance)[0]
@@ -164,12 +162,11 @@ def below_the_largest(weight: Tensor, scale: Tensor, scheme: WeightScheme, impor
 
 def _other_sentences(bench: Bench) -> dict[str, float]:
     """Return mean KL of what else the paper compares: per token, FP4 with INT4, and constraints on scales."""
-    inputs: Any = {"per token, inputs in FP8": "fp8", "per token, inputs in INT8": "int8"}
-    found = {what: [ZeroQuantFP(input=kind), RTN(bits=8)] for what, kind in inputs.items()}
     group = resolve_group_size("zeroquant_fp", None, bench.widths)
     size = -1 if group is None else group
     recipes: dict[str, list[BlockMethod]] = {
-        **found,
+        "per token, inputs in FP8": [ZeroQuantFP(), RTN(bits=8)],
+        "per token, inputs in INT8": [ZeroQuantFP(input="int8"), RTN(bits=8)],
         "rtn INT4": [RTN(group_size=size)],
         "rtn FP4": [RTN(group_size=size, grid="fp4")],
         "gptq INT4": [GPTQ(group_size=size, search="minmax")],
