@@ -154,6 +154,17 @@ def test_a_loss_that_explodes_ends_the_training_and_keeps_the_work(tmp_path, mon
     assert caught.value.status == 1
 
 
+def test_what_no_other_format_holds_is_not_exported(tmp_path, capsys):
+    out = tmp_path / "bits"
+    small_training(["bitnet"], out, evaluate=False, verify=False)
+    for kind in ("dense", "gguf:Q4_0"):
+        assert main(["export", str(out), "--to", kind, "--out", str(tmp_path / "x")]) == 2
+        assert "no other format holds" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+    assert main(["inspect", str(out)]) == 0
+    assert "BitNet, ternary weights" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("weights", ["ternary", "binary"])
 def test_bitnet_is_stored_in_few_bits_and_verified(tmp_path, weights):
     out = tmp_path / "bits"

@@ -78,8 +78,12 @@ def _applicable(checkpoint: Checkpoint) -> Iterator[str]:
     from frugallm.catalogue import methods
     from frugallm.compress.plan import make_plan
     from frugallm.errors import FrugalError
+    from frugallm.training.contract import TrainMethod
 
     for name, method in methods().items():
+        if issubclass(method, TrainMethod):
+            yield f"  {name:<16}{method.card.summary} (frugal train)"
+            continue
         try:
             plan = make_plan([method()], checkpoint)
         except FrugalError as error:

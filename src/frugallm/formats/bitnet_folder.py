@@ -32,6 +32,7 @@ class BitNetFolder(PackedFolder):
 
     method: ClassVar[str] = METHOD
     leaves: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "rms_norm.weight")
+    exports: ClassVar[bool] = False  # a norm inside every linear has no place elsewhere
     bits: ClassVar[Literal[1, 2]] = 2
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:

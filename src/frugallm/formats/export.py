@@ -247,6 +247,8 @@ def export(
     if target.exists() and (not overwrite or (chosen.suffix and target.is_dir())):
         raise OutputError(f"{target} exists", "Choose another --out, or --overwrite it")
     source = _source(model, results_only=not chosen.suffix)
+    if not getattr(source, "exports", True):
+        raise ExportError(f"{model} is in a layout that no other format holds", "Use it as it is")
     if target.exists() and Path(model).exists() and target.samefile(model):
         raise OutputError(f"{target} is the model itself", "Choose another --out")
     if not chosen.suffix and not getattr(source, "quantizes", True):

@@ -118,6 +118,8 @@ class PackedFolder(SafetensorsFolder):
     method: ClassVar[str]
     #: Ends of the names of tensors that stand in the place of a weight. One that has ``weight`` alone is not packed.
     leaves: ClassVar[tuple[str, ...]]
+    #: Whether weights and rounded inputs are all that there is to the function, so that other formats can hold it.
+    exports: ClassVar[bool] = True
     #: Whether a head that is tied to the embedding may have tensors of its own, such as a second name of its scale.
     names_tied_head: ClassVar[bool] = False
 

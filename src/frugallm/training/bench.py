@@ -36,8 +36,8 @@ class Size:
     ----------
     shape
         Changes to the configuration ``tiny``.
-    steps, batch, length
-        Steps, windows per step and tokens per window from scratch.
+    steps, batch, length, rate
+        Steps, windows per step, tokens per window and learning rate from scratch, the same for all arms.
     further
         Steps of a training that begins with a trained model.
     held_out
@@ -48,6 +48,7 @@ class Size:
     steps: int
     batch: int
     length: int
+    rate: float
     further: int
     held_out: int
 
@@ -59,16 +60,15 @@ SIZES = {
         steps=150,
         batch=8,
         length=64,
+        rate=3e-3,
         further=60,
         held_out=48,
     ),
-    "minutes": Size({}, steps=400, batch=8, length=128, further=150, held_out=64),
+    "minutes": Size({}, steps=400, batch=8, length=128, rate=3e-3, further=150, held_out=64),
 }
 SEEDS = (0, 1, 2)
 #: Windows that post-training steps are calibrated on.
 CALIBRATION = 64
-#: Learning rate of plain training.
-PLAIN_RATE = 3e-3
 
 
 class TrainingBench:
@@ -134,30 +134,30 @@ class TrainingBench:
         wide = {key: int(width * getattr(config, key)) for key in ("hidden_size", "intermediate_size")}
         return new_config("tiny", {**self.size.shape, **wide})
 
-    def train(
-        self, steps: Sequence[TrainMethod], seed: int = 0, width: float = 1, rate: float | None = None
-    ) -> PreTrainedModel:
+    def train(self, steps: Sequence[TrainMethod], seed: int = 0, width: float = 1) -> PreTrainedModel:
         """Return a model trained from scratch with these steps, as it is when it is stored.
 
         Without steps: plain training with the Trainer's defaults.
         """
-        key = (tuple(steps), seed, width, rate)
+        key = (tuple(steps), seed, width)
         if key not in self._kept:
             student = new_model(self.config(width), seed)
-            self._kept[key] = self._fit(student, None, steps, self.windows, seed, self.size.steps, rate)
+            self._kept[key] = self._fit(
+                student, None, steps, self.windows, seed, self.size.steps, self.size.rate
+            )
         return copy.deepcopy(self._kept[key])
 
     def further(
         self,
         steps: Sequence[TrainMethod],
-        seed: int = 0,
-        rate: float | None = None,
+        seed: int,
+        rate: float,
         windows: Tensor | None = None,
         count: int | None = None,
     ) -> PreTrainedModel:
         """Return what plain training gave, trained further with these steps against itself as the teacher.
 
-        ``windows``: to train on, in the place of the text; ``count``: how many steps of the optimizer.
+        ``rate``: the learning rate; ``windows``: to train on, in the place of the text; ``count``: how many steps.
         """
         key = ("further", tuple(steps), seed, rate, None if windows is None else id(windows), count)
         if key not in self._kept:
@@ -176,14 +176,13 @@ class TrainingBench:
         windows: Tensor,
         seed: int,
         count: int,
-        rate: float | None,
+        rate: float,
     ) -> PreTrainedModel:
         from frugallm.training.result import as_stored
 
         family = family_of(student.config)
         windows = begin(student, teacher, steps, family, windows, seed)
-        chosen = rate or min((s.learning_rate for s in steps), default=PLAIN_RATE)
-        settings = Settings(count, self.size.batch, chosen, seed)
+        settings = Settings(count, self.size.batch, rate, seed)
         if count:
             fit(student, teacher, steps, windows, settings, self.progress)
         student.eval()

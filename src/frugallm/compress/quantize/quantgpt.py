@@ -184,8 +184,12 @@ class QuantGPT(TrainMethod):
         }
         for seed in training.seeds:
             teacher = training.train([], seed)
-            models = {name: training.further([method], seed) for name, method in arms.items()}
-            models["ternary, not trained"] = training.further([cls(contrast=0)], seed, count=0)
+            models = {
+                name: training.further([method], seed, cls.learning_rate) for name, method in arms.items()
+            }
+            models["ternary, not trained"] = training.further(
+                [cls(contrast=0)], seed, cls.learning_rate, count=0
+            )
             for name, model in models.items():
                 losses[name].append(training.loss(model))
             for name in alike:
