@@ -118,6 +118,7 @@ def compensate(
     pruned: Tensor | None = None,
     sparsity: Sparsity | None = None,
     kept: Tensor | None = None,
+    drift: Tensor | None = None,
 ) -> QuantizedTensor:
     """Round column by column; after each column the free columns absorb its error (GPTQ, arXiv 2210.17323, eq. 2-4).
 
@@ -140,6 +141,9 @@ def compensate(
     kept
         Columns ``(k,)`` that are not rounded (OWQ, arXiv 2306.02272): they come last, absorb what the others leave, and
         the values that they have then are stored beside the codes.
+    drift
+        ``(X_o - X)^T X (in, in)`` for inputs ``X`` that were ``X_o``, with the constant factor of ``second_moment``. The
+        columns still free then also take over what each column's input has lost (GPTAQ, arXiv 2504.02692).
     """
     width = weight.shape[1]
     order = column_order(second_moment, act_order, kept)
@@ -148,8 +152,9 @@ def compensate(
     rounding = Rounding(w, s, z, (order // scheme.columns_per_scale(width)).tolist(), scheme)
     last = None if kept is None else _KeepLast(rounding, len(kept))
     zeros = _zeros(u, order, block_size, pruned, sparsity)
+    pull = _pull(drift, u, order)
     with _one_thread():
-        _solve_columns(w, u, last or rounding, zeros, block_size)
+        _solve_columns(w, u, last or rounding, zeros, block_size, pull=pull)
     extras = () if last is None else (Columns.of(order[last.first :], last.values),)
     return QuantizedTensor(restored(rounding.codes, order), scale, zero, scheme, extras)
 
@@ -340,6 +345,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _pull(drift: Tensor | None, u: Tensor, order: Tensor) -> Tensor | None:
+    """Return what each later column takes over of a column for its drift, ``(in, in)`` in ``order``.
+
+    Row ``j`` is ``D_j,F (H_FF)^-1`` for the columns ``F`` after ``j``: ``U`` without its first rows is the factor of that.
+    """
+    return None if drift is None else (drift[order][:, order] @ u.T).triu_(1) @ u
+
+
 def _solve_columns(
     w: Tensor,
     u: Tensor,
@@ -347,28 +360,40 @@ def _solve_columns(
     zeros: _Zeros | None,
     block_size: int,
     reached: Reached | None = None,
+    pull: Tensor | None = None,
 ) -> None:
-    """Give the columns, rows of ``w (in, out)``, their values one after the other; ``u (in, in)`` is in the same order."""
+    """Give the columns, rows of ``w (in, out)``, their values one after the other; ``u (in, in)`` is in the same order.
+
+    ``pull (in, in)`` says what a column hands on to those after it beside its error, for each unit that it has by then.
+    """
     width, rows = w.shape
+    error = torch.empty(min(block_size, width), rows)  # of the columns of one block
+    turn = None if pull is None else torch.empty_like(error)  # what they had when it was their turn
+
+    def by_now(places: slice | Tensor, start: int, i: int) -> Tensor:
+        """Return columns as the first ``i`` of the block have left them: eq. (3) for all errors made so far in it."""
+        made = slice(start, start + i)
+        now = torch.addmm(w[places], u[made, places].T, error[:i], alpha=-1)
+        return now if pull is None or turn is None else now.addmm_(pull[made, places].T, turn[:i])
+
     for start in range(0, width, block_size):
         stop = min(start + block_size, width)
-        block, error = w[start:stop], torch.empty(stop - start, rows)
         mask = torch.empty(0)
         for i in range(stop - start):
             j = start + i
             if reached is not None:
                 for group in reached.due.get(j, ()):
-                    places = reached.places[group]
-                    reached.look(group, torch.addmm(w[places], u[start:j, places].T, error[:i], alpha=-1))
+                    reached.look(group, by_now(reached.places[group], start, i))
             if zeros is not None and i % zeros.span == 0:
-                end = min(j + zeros.span, stop)
-                now = torch.addmm(block[i : end - start], u[start:j, j:end].T, error[:i], alpha=-1)
-                mask = zeros.pick(now, j)
-            # Eq. (3) for this column: all errors made so far in the block at once.
-            column = torch.addmm(block[i : i + 1], u[start:j, j : j + 1].T, error[:i], alpha=-1)[0]
+                mask = zeros.pick(by_now(slice(j, min(j + zeros.span, stop)), start, i), j)
+            column = by_now(slice(j, j + 1), start, i)[0]
+            if turn is not None:
+                turn[i] = column
             kept = column if zeros is None else column.masked_fill(mask[i % zeros.span], 0.0)
             torch.sub(column, values(kept, j), out=error[i]).div_(u[j, j])
-        w[stop:].addmm_(u[start:stop, stop:].T, error, alpha=-1)
+        w[stop:].addmm_(u[start:stop, stop:].T, error[: stop - start], alpha=-1)
+        if pull is not None and turn is not None:
+            w[stop:].addmm_(pull[start:stop, stop:].T, turn[: stop - start])
 
 
 def output_energy(weight: Tensor, mean_square: Tensor) -> float:
