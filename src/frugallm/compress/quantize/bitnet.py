@@ -168,18 +168,17 @@ class BitNet(TrainMethod):
     def claim(cls, bench: Bench) -> Claim:
         """Compare ternary, binary and float training, and float made ternary: loss on held-out text."""
         training = bench.training
-        shapes = {"": {}, " wide": {"width": 2}}
-        arms = {
-            "ternary": ([cls()], shapes[""]),
-            "binary": ([cls(weights="binary")], shapes[""]),
-            "float": ([], shapes[""]),
-            "ternary wide": ([cls()], shapes[" wide"]),
-            "float wide": ([], shapes[" wide"]),
+        arms: dict[str, tuple[list[TrainMethod], float]] = {
+            "ternary": ([cls()], 1),
+            "binary": ([cls(weights="binary")], 1),
+            "float": ([], 1),
         }
+        if training.thorough:  # the distance to float should shrink with the width
+            arms.update({"ternary, half as wide": ([cls()], 0.5), "float, half as wide": ([], 0.5)})
         losses: dict[str, list[float]] = {name: [] for name in (*arms, "float made ternary")}
         for seed in training.seeds:
-            for name, (steps, shape) in arms.items():
-                model = training.train(steps, seed=seed, **shape)
+            for name, (steps, width) in arms.items():
+                model = training.train(steps, seed, width)
                 losses[name].append(training.loss(model))
                 if name == "float":
                     losses["float made ternary"].append(training.loss(made_ternary(model)))

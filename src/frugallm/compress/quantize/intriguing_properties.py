@@ -47,8 +47,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from frugallm.compress.quantize.rtn import RTN
 from frugallm.compress.quantize.smoothquant import SmoothQuant
-from frugallm.method import Card, Claim
+from frugallm.method import Card, Claim, Method
 from frugallm.training.contract import TrainMethod
 from frugallm.training.quantizability import input_spreads, summary
 
@@ -74,6 +75,9 @@ class IntriguingProperties(TrainMethod):
         baseline="the same training with little weight decay, dropout and no clipping",
         claim="Trained with weight decay 0.1, clipping and no dropout a model loses less by naive static W8A8 than "
         "trained with weight decay 0.001, dropout 0.4 and no clipping.",
+        holds=False,
+        reason="static W8A8 costs either model about a thousandth of a nat, less than seeds differ: in models this small, "
+        "trained this briefly, no outliers grow under any recipe",
     )
     learning_rate: ClassVar[float] = 3e-3
 
@@ -124,18 +128,21 @@ class IntriguingProperties(TrainMethod):
         arms = {"friendly": {}, "hostile": hostile}
         if training.thorough:  # one change at a time
             arms.update({f"{key} {value:g}": {key: value} for key, value in hostile.items()})
-        naive = {"static": SmoothQuant(sites=()), "per token": SmoothQuant(sites=(), activation="token")}
+        naive: dict[str, list[Method]] = {
+            "static": [SmoothQuant(sites=())],
+            "per token": [SmoothQuant(sites=(), activation="token")],
+            "W4A8 static": [SmoothQuant(sites=()), RTN(bits=4, group_size=-1)],
+        }
         costs: dict[str, list[float]] = {name: [] for name in arms}
         facts: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
         for seed in training.seeds:
             for name, changes in arms.items():
                 model = training.train([cls(dtype="float32", **changes)], seed)
                 loss = training.loss(model)
-                cost = {
-                    k: training.loss(training.compressed(model, [step])) - loss for k, step in naive.items()
-                }
-                costs[name].append(cost["static"])
+                cost = {k: training.loss(training.compressed(model, s)) - loss for k, s in naive.items()}
+                costs[name].append(cost.pop("static"))
                 spreads = input_spreads(model, family_of(model.config), training.held_out[:16])
-                facts[name].append({"loss": loss, "cost per token": cost["per token"], **summary(spreads)})
+                others = {f"cost {k}": value for k, value in cost.items()}
+                facts[name].append({"loss": loss, **others, **summary(spreads)})
         metric = "loss by static W8A8, nats/token"
         return training.claim_order(costs, [("friendly", "hostile")], metric, facts=facts)

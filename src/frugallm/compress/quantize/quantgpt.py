@@ -135,7 +135,7 @@ class QuantGPT(TrainMethod):
         """Return the rate of the ranges' parameters: factors are of the size of one, ranges of that of weights."""
         if self.scaling == "dynamic":
             return self.scale_rate
-        ranges = [float(m.clip.mean()) for m in student.modules() if isinstance(m, _Clip)]
+        ranges = [float(m.clip.detach().mean()) for m in student.modules() if isinstance(m, _Clip)]
         return self.scale_rate * sum(ranges) / len(ranges)
 
     def loss(self, student: PreTrainedModel, teacher: PreTrainedModel | None, batch: Batch) -> Tensor:
