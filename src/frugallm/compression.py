@@ -178,6 +178,7 @@ def _prepare(
     import torch
 
     from frugallm.compress.plan import make_plan
+    from frugallm.compress.prepare import prepared
     from frugallm.evaluate.precision import fast_dtype
     from frugallm.job import Job, Workplace, needs_text
     from frugallm.models.open import open_checkpoint
@@ -186,7 +187,8 @@ def _prepare(
     if threads is not None:
         torch.set_num_threads(threads)
     progress.event("stage", text="reading the model")
-    checkpoint = open_checkpoint(model, tokenizer)
+    original = open_checkpoint(model, tokenizer)
+    checkpoint = prepared(recipe.steps, original, seed)
     plan = make_plan(recipe.steps, checkpoint)
     _check_dtype(plan, dtype)
     tokens, facts = None, None
@@ -194,9 +196,6 @@ def _prepare(
         tokens, facts = _calibration(checkpoint, text, samples, seq_len, seed)
     place = Workplace(Path(out))
     progress.event("start", model=checkpoint.name, recipe=" ".join(recipe.to_cli()), out=str(place.out))
-    for note in plan.notes:
-        progress.event("note", text=note)
-    _note_engines(plan, progress)
     job = Job(
         checkpoint,
         recipe,
@@ -208,7 +207,11 @@ def _prepare(
         fast_dtype(),
         torch.get_num_threads(),
         HIDDEN_LIMIT if hidden_limit is None else hidden_limit,
+        original,
     )
+    for note in job.notes:
+        progress.event("note", text=note)
+    _note_engines(plan, progress)
     return job, place
 
 

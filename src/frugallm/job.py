@@ -52,6 +52,8 @@ class Job:
         Name, digest and smoke label of the calibration text.
     stored, fast
         Type of uncompressed tensors, and type of products.
+    original
+        The model as it was given, where a step has prepared ``checkpoint`` from it.
     """
 
     checkpoint: Checkpoint
@@ -64,6 +66,21 @@ class Job:
     fast: torch.dtype
     threads: int
     hidden_limit: int = HIDDEN_LIMIT
+    original: Checkpoint | None = None
+
+    @property
+    def given(self) -> Checkpoint:
+        """The model as it was given: what the result is compared with."""
+        return self.checkpoint if self.original is None else self.original
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the run should say beforehand."""
+        if self.given.config.tie_word_embeddings == self.checkpoint.config.tie_word_embeddings:
+            return self.plan.notes
+        rows, width = self.checkpoint.shape(f"{self.checkpoint.family.head}.weight")
+        more = f"{rows * width / 1e6:.1f} million more weights"
+        return (*self.plan.notes, f"the head no longer is the embedding, and is stored beside it: {more}")
 
     def identity(self) -> dict[str, Any]:
         """Return what must be the same for a resumed run to equal an unbroken one, as plain JSON values."""
@@ -74,7 +91,7 @@ class Job:
         return {
             "recipe": self.recipe.settings(),
             "methods": self.recipe.versions(),
-            "model": {"name": self.checkpoint.name, "digest": self.checkpoint.digest()},
+            "model": {"name": self.given.name, "digest": self.given.digest()},
             "text": self.text,
             "tokens": tokens,
             "seed": self.seed,

@@ -123,7 +123,7 @@ def _original_outside(job: Job, place: Workplace) -> dict[str, Any]:
     folder = place.path / "original"
     if folder.exists():
         shutil.rmtree(folder)
-    write_dense(job.checkpoint, folder, job.stored)
+    write_dense(job.given, folder, job.stored)
     try:
         seen = ask_outside(
             folder,
@@ -149,8 +149,8 @@ def _evaluate(
         result = model_in_memory(place.stored(job))
         measured.notes.append("quality is that of the stored values, read by FrugalLM itself")
     results = evaluate_all(
-        {"before": job.checkpoint, "after": result},
-        job.checkpoint,
+        {"before": job.given, "after": result},
+        job.given,
         windows,
         text=text,
         bos=leading_bos(tokenizer) is not None,

@@ -59,10 +59,6 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _weights(job: Job, name: str) -> int:
-    return math.prod(job.checkpoint.shape(name))
-
-
 def _part_of(job: Job, name: str) -> str:
     family = job.checkpoint.family
     if name.startswith(f"{family.blocks}."):
@@ -92,12 +88,13 @@ def stored_bytes(job: Job, place: Workplace) -> tuple[dict[str, int], int]:
 
 
 def _models(job: Job, place: Workplace, measured: Measured) -> list[ModelFacts]:
-    weights = {n: _weights(job, n) for n in job.checkpoint.names()}
+    weights = {n: math.prod(job.given.shape(n)) for n in job.given.names()}
     before = dict.fromkeys(PARTS.values(), 0)
     for name, count in weights.items():
         before[_part_of(job, name)] += count * job.stored.itemsize
     after, compressed = stored_bytes(job, place)
-    chosen = sum(weights[f"{n}.weight"] for n in {*job.plan.linears, *job.plan.pruned, *job.plan.tables})
+    done = {*job.plan.linears, *job.plan.pruned, *job.plan.tables}
+    chosen = sum(math.prod(job.checkpoint.shape(f"{n}.weight")) for n in done)
     total = sum(weights.values())
     file_bytes = sum(p.stat().st_size for p in place.folder.glob("*.safetensors"))
     dtype_bits = 8.0 * job.stored.itemsize
@@ -143,7 +140,7 @@ def _outside(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resumed: bool) -> Report:
-    notes = [*job.plan.notes, *measured.notes]
+    notes = [*job.notes, *measured.notes]
     if measured.verification is not None:
         notes.append(
             "verified: loaded by plain transformers in a process of its own, logits agree with the model in memory "
@@ -169,7 +166,7 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
             seconds={k: round(v, 3) for k, v in clock.seconds.items()},
             baseline_bytes=clock.baseline_bytes,
             peak_bytes=clock.peak_bytes,
-            model_digest=job.checkpoint.digest(),
+            model_digest=job.given.digest(),
             calibration=text,
             samples=None if job.windows is None else job.windows.shape[0],
             seq_len=None if job.windows is None else job.windows.shape[1],

@@ -77,6 +77,7 @@ def part_sizes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
 def _applicable(checkpoint: Checkpoint) -> Iterator[str]:
     from frugallm.catalogue import methods
     from frugallm.compress.plan import make_plan
+    from frugallm.compress.prepare import prepared
     from frugallm.errors import FrugalError
     from frugallm.training.contract import TrainMethod
 
@@ -85,7 +86,8 @@ def _applicable(checkpoint: Checkpoint) -> Iterator[str]:
             yield f"  {name:<16}{method.card.summary} (frugal train)"
             continue
         try:
-            plan = make_plan([method()], checkpoint)
+            step = method()
+            plan = make_plan([step], prepared([step], checkpoint, 0))
         except FrugalError as error:
             yield f"  {name:<16}does not apply with its defaults: {error}"
         else:

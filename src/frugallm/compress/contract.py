@@ -22,7 +22,8 @@ weight. Where an earlier step has pruned the weight, ``solve`` finds ``pruned``,
 these entries are zero and stay zero. A solver that moves weights away from their nearest value must read it, and so must
 one whose grids need not hold zero (float zero points); for the others there is nothing to do.
 
-A :class:`TableMethod` works on the embedding and the head, by rows. The walk owns everything else: loading, forwards,
+A :class:`PrepareMethod` rewrites the whole model before the walk, as a checkpoint around the one given. A
+:class:`TableMethod` works on the embedding and the head, by rows. The walk owns everything else: loading, forwards,
 statistics, writing, progress, resume.
 """
 
@@ -30,7 +31,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
@@ -239,6 +240,27 @@ class PruneMethod(BlockMethod):
                     "Use pattern=unstructured, or skip that linear",
                 )
         return self.target
+
+
+class PrepareMethod(Method):
+    """A method that rewrites the whole model without changing its function, before anything else is done."""
+
+    def prepare(self, checkpoint: Checkpoint, seed: int) -> Checkpoint:
+        """Return a checkpoint that reads ``checkpoint`` and computes the rewritten tensors as they are read.
+
+        Raises
+        ------
+        ModelError
+            If the model cannot be rewritten so; one line says why.
+        """
+        raise NotImplementedError
+
+    def rotations(self, checkpoint: Checkpoint, rounded: Collection[str]) -> dict[str, int]:
+        """Return the linears whose inputs are to be rotated at run time: full name to order of the Hadamard matrix.
+
+        ``rounded`` are the full names of the linears whose inputs are rounded.
+        """
+        return {}
 
 
 class TableMethod(Method):

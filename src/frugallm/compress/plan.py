@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from frugallm.compress.contract import GROUP_SIZES, BlockMethod, TableMethod, matches
+from frugallm.compress.contract import GROUP_SIZES, BlockMethod, PrepareMethod, TableMethod, matches
+from frugallm.compress.prepare import check_first, rotate_inputs
 from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.errors import ParameterError, RecipeError
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
@@ -41,12 +42,15 @@ class LinearPlan:
         Store something beside them, one after the other.
     rounder
         Says what is stored about rounded inputs, if inputs are rounded.
+    rotation
+        Order of the Hadamard matrix by which inputs are rotated at run time; the weight is rounded in that basis.
     """
 
     scheme: LinearScheme
     solver: BlockMethod
     repairs: tuple[BlockMethod, ...] = ()
     rounder: BlockMethod | None = None
+    rotation: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,7 @@ class Plan:
 
 
 def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
-    """Resolve ``steps`` against the shapes of a model.
+    """Resolve ``steps`` against the shapes of a model, which is :func:`~frugallm.compress.prepare.prepared` by them already.
 
     Raises
     ------
@@ -226,17 +230,20 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
     blocks = [s for s in steps if isinstance(s, BlockMethod)]
     tables = [s for s in steps if isinstance(s, TableMethod)]
     for step in steps:
-        if not isinstance(step, BlockMethod | TableMethod):
+        if not isinstance(step, PrepareMethod | BlockMethod | TableMethod):
             raise RecipeError(
                 f"'{step.name()}' is not a post-training compression step",
                 "What acts while a model is trained runs with frugal train",
             )
+    prepares = check_first(steps)
     for step in blocks:
         _check_patterns(step, names)
     _check_order(blocks, names)
     notes: list[str] = []
     linears = _plan_linears(blocks, names, widths, notes)
     pruned = _plan_pruned(blocks, names, widths, notes)
+    for step in prepares:
+        rotate_inputs(step, checkpoint, linears, pruned)
     plan_tables = _plan_tables(tables, checkpoint, notes)
     for step in blocks:
         notes.extend(step.notes({name: shapes[name] for name in names if step.touches(name)}))

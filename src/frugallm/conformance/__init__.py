@@ -17,11 +17,13 @@ __all__ = ["Outcome", "check", "checks_for"]
 
 def checks_for(method: type[Method]) -> list[Check]:
     """Return the checks that apply to ``method``, the cheap ones first."""
-    from frugallm.compress.contract import BlockMethod, TableMethod
-    from frugallm.conformance import block_methods, methods, table_methods, train_methods
+    from frugallm.compress.contract import BlockMethod, PrepareMethod, TableMethod
+    from frugallm.conformance import block_methods, methods, prepare_methods, table_methods, train_methods
     from frugallm.training.contract import TrainMethod
 
     found = methods.checks(method)
+    if issubclass(method, PrepareMethod):
+        found += prepare_methods.checks(method)
     if issubclass(method, BlockMethod):
         found += block_methods.checks(method)
     if issubclass(method, TableMethod):

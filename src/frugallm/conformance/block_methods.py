@@ -71,7 +71,7 @@ def checks(method: type[Method]) -> list[Check]:
         found.append(a_rewrite_keeps_the_logits)
     if method.solve is not BlockMethod.solve:
         found.append(a_solver_leaves_its_inputs_alone)
-        if not step.prunes:  # what prunes itself comes after no step that prunes
+        if not step.prunes and method.keeps_zeros:  # what prunes itself comes after no step that prunes
             found.append(a_solver_keeps_the_zeros_of_an_earlier_step)
         if method.by_rows:
             found.append(a_solver_treats_rows_alike)

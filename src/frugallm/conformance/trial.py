@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from frugallm.compress.plan import make_plan
+from frugallm.compress.prepare import prepared
 from frugallm.errors import FrugalError
 from frugallm.formats import shards
 from frugallm.job import Job, Workplace, assemble, compress
@@ -97,9 +98,10 @@ def job_for(
 ) -> Job:
     """Return the job of compressing ``checkpoint`` with ``steps``, calibrated on ``tokens``."""
     recipe = Recipe(steps=tuple(steps))
+    original, checkpoint = checkpoint, prepared(steps, checkpoint, seed)
     plan = make_plan(recipe.steps, checkpoint)
     threads = torch.get_num_threads()
-    return Job(checkpoint, recipe, plan, tokens, None, seed, stored, fast, threads, hidden_limit)
+    return Job(checkpoint, recipe, plan, tokens, None, seed, stored, fast, threads, hidden_limit, original)
 
 
 @dataclass(frozen=True)

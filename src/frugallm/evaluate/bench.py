@@ -272,10 +272,12 @@ def compress_for_evaluation(
     That is the folder where plain ``transformers`` loads it, otherwise, and with ``in_memory``, a plain model.
     """
     from frugallm.compress.plan import make_plan
+    from frugallm.compress.prepare import prepared
     from frugallm.formats.engines import loads_in_transformers
     from frugallm.formats.stored import model_in_memory
     from frugallm.job import Job, Workplace, assemble, compress, needs_text
 
+    original, checkpoint = checkpoint, prepared(steps, checkpoint, 0)
     plan = make_plan(tuple(steps), checkpoint)
     job = Job(
         checkpoint=checkpoint,
@@ -287,6 +289,7 @@ def compress_for_evaluation(
         stored=torch.bfloat16,
         fast=fast_dtype(),
         threads=torch.get_num_threads(),
+        original=original,
     )
     place = Workplace(out)
     place.prepare(job, resume=False, overwrite=True)

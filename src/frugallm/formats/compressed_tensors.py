@@ -19,14 +19,15 @@ quantized      not                      ``input_scale``
 ============== ======================== ===================================================================================
 
 Some keys are our own: ``outliers`` in ``input_activations``, the magnitude from which on input channels are not rounded,
-``clusters``, how many static grids their channels share (:mod:`frugallm.formats.rounded_inputs`), and ``reassembled``,
-where channels are split and shared before they are rounded (:mod:`frugallm.formats.channels`); ``grid`` in both, where the
-format has no name for what codes stand for (:mod:`frugallm.formats.levels`); ``zero_dtype`` in ``weights``, where
-``weight_zero_point`` is float16 ``(out, groups)`` and not packed; ``extras`` in ``weights``, kinds of what is stored beside
-the codes (:mod:`frugallm.formats.extras`); and ``second`` in ``weights``, a scheme in which scales and zero points are
-stored: as ``weight_scale_packed``, ``weight_scale_scale``, ``weight_scale_zero_point`` and ``weight_zero_packed``, … instead
-of ``weight_scale`` and ``weight_zero_point``. Readers of the format refuse keys that they do not know, so none of them
-computes something else instead.
+``clusters``, how many static grids their channels share (:mod:`frugallm.formats.rounded_inputs`), ``rotation``, the order
+of the Hadamard matrix in whose basis they are rounded, and ``reassembled``, where channels are split and shared before
+they are rounded (:mod:`frugallm.formats.channels`); ``grid`` in both, where the format has no name for what codes stand
+for (:mod:`frugallm.formats.levels`); ``zero_dtype`` in ``weights``, where ``weight_zero_point`` is float16 ``(out, groups)``
+and not packed; ``extras`` in ``weights``, kinds of what is stored beside the codes (:mod:`frugallm.formats.extras`); and
+``second`` in ``weights``, a scheme in which scales and zero points are stored: as ``weight_scale_packed``,
+``weight_scale_scale``, ``weight_scale_zero_point`` and ``weight_zero_packed``, … instead of ``weight_scale`` and
+``weight_zero_point``. Readers of the format refuse keys that they do not know, so none of them computes something else
+instead.
 
 Codes are stored unsigned, ``code + 2^(b-1)``, as a little-endian bit stream along each row. Packing is left to the
 ``compressed-tensors`` package, so that what is written is what it reads.
@@ -229,6 +230,8 @@ def _input_arguments(scheme: LinearScheme) -> dict[str, Any] | None:
         arguments["grid"] = scheme.activations.grid
     if scheme.activations.reassembled:
         arguments["reassembled"] = True
+    if scheme.activations.rotation is not None:
+        arguments["rotation"] = scheme.activations.rotation
     return arguments
 
 

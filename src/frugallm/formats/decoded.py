@@ -42,6 +42,7 @@ def scheme_of(group: Mapping[str, Any]) -> LinearScheme:
         outliers=inputs.get("outliers"),
         clusters=inputs.get("clusters"),
         reassembled=inputs.get("reassembled", False),
+        rotation=inputs.get("rotation"),
     )
     return LinearScheme(weights=_weights_of(weights), activations=activations)
 

@@ -10,11 +10,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from frugallm.compress.quantize.hadamard import (
+    Rotation,
+    hadamard_rotation,
+    random_hadamard,
+    random_kronecker,
+    seeded,
+)
 from frugallm.formats.channels import Reassembly
 
 #: Type of weights that are kept beside the codes: three bits finer than bf16, and no weight is beyond its range.
@@ -217,5 +225,106 @@ class Channels(Extra):
         return self
 
 
-KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in (LowRank, Columns, Entries, Channels)}
+@dataclass(frozen=True)
+class InputRotation(Extra):
+    """The codes are those of the weight in the basis of inputs that are rotated at run time; this turns them back.
+
+    Attributes
+    ----------
+    order
+        ``(1,)`` int32, order of the Hadamard matrix that stands in every block of the rotation.
+    """
+
+    kind: ClassVar[str] = "rotation"
+    leaves: ClassVar[tuple[str, ...]] = ("weight_rotation",)
+
+    order: Tensor
+
+    @classmethod
+    def of(cls, order: int) -> Self:
+        """Return the extra of the Hadamard matrix of that order."""
+        return cls(torch.tensor([order], dtype=torch.int32))
+
+    @property
+    def rotation(self) -> Rotation:
+        """The matrix ``R``: inputs ``x`` become ``x R``, and a weight ``W`` is stored as ``W R``."""
+        return hadamard_rotation(int(self.order))
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102
+        return self.rotation.undo(weight)
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"weight_rotation": self.order}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:  # noqa: D102
+        return cls(tensors["weight_rotation"])
+
+    def rows(self, start: int, stop: int) -> Self:  # noqa: D102
+        return self
+
+
+INCOHERENT = ("kronecker", "hadamard")
+
+
+@dataclass(frozen=True)
+class Incoherence(Extra):
+    """The codes are those of ``U^T (W diag(D)) V`` with random orthogonal matrices; this turns them back (QuIP).
+
+    Attributes
+    ----------
+    scale
+        ``D (in,)`` float16.
+    made
+        ``(3,)`` int32: seed of both matrices, place of their kind in ``INCOHERENT``, rows of the weight.
+    """
+
+    kind: ClassVar[str] = "incoherence"
+    leaves: ClassVar[tuple[str, ...]] = ("weight_incoherence_scale", "weight_incoherence")
+
+    scale: Tensor
+    made: Tensor
+
+    @classmethod
+    def of(cls, scale: Tensor, rows: int, kind: str, seed: int) -> Self:
+        """Return the extra of matrices of one kind, for a weight of so many rows and ``scale (in,)``."""
+        return cls(scale.half(), torch.tensor([seed, INCOHERENT.index(kind), rows], dtype=torch.int32))
+
+    @property
+    def matrices(self) -> tuple[Rotation, Rotation]:
+        """``U`` of the rows and ``V`` of the columns; equal for all weights of one shape, kind and seed."""
+        seed, kind, rows = self.made.tolist()
+        return _incoherent(rows, kind, seed, "rows"), _incoherent(len(self.scale), kind, seed, "columns")
+
+    def turn(self, weight: Tensor) -> Tensor:
+        """Return ``U^T (W diag(D)) V`` for ``weight`` ``(out, in)``: what :meth:`apply` undoes."""
+        rows, columns = self.matrices
+        return columns.apply(rows.apply((weight * self.scale.to(weight.dtype)).T).T)
+
+    def apply(self, weight: Tensor) -> Tensor:  # noqa: D102
+        rows, columns = self.matrices
+        return rows.undo(columns.undo(weight).T).T / self.scale.to(weight.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:  # noqa: D102
+        return {"weight_incoherence_scale": self.scale, "weight_incoherence": self.made}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:  # noqa: D102
+        return cls(tensors["weight_incoherence_scale"], tensors["weight_incoherence"])
+
+    def rows(self, start: int, stop: int) -> Self:
+        """Return the same; of a part of the rows there is none, for every row is made of all codes."""
+        if (start, stop) != (0, int(self.made[2])):
+            raise ValueError("rows of an incoherent weight cannot be told apart: decode all of it")
+        return self
+
+
+@cache
+def _incoherent(width: int, kind: int, seed: int, side: str) -> Rotation:
+    make = random_kronecker if INCOHERENT[kind] == "kronecker" else random_hadamard
+    return make(width, seeded(INCOHERENT[kind], side, width, seed))
+
+
+EXTRAS: tuple[type[Extra], ...] = (LowRank, Columns, Entries, Channels, InputRotation, Incoherence)
+KINDS: dict[str, type[Extra]] = {extra.kind: extra for extra in EXTRAS}
 LEAVES = tuple(leaf for extra in KINDS.values() for leaf in extra.leaves)

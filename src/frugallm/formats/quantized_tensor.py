@@ -134,6 +134,9 @@ class ActivationScheme(BaseModel):
         one symmetric grid for all. Only where inputs are static.
     reassembled
         Large channels are split and similar ones shared before they are rounded (:mod:`frugallm.formats.channels`).
+    rotation
+        Order of the Hadamard matrix by which inputs are multiplied before they are rounded, block by block; it is undone
+        after that. ``None``: they are rounded as they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -144,6 +147,7 @@ class ActivationScheme(BaseModel):
     outliers: float | None = Field(None, gt=0)
     clusters: int | None = Field(None, ge=1, le=256)
     reassembled: bool = False
+    rotation: int | None = Field(None, ge=2)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -164,7 +168,8 @@ class ActivationScheme(BaseModel):
         kept = "" if self.outliers is None else f" beside outliers from {self.outliers:g}"
         grids = "" if self.clusters is None else f", {self.clusters} clusters"
         split = ", channels split and shared" if self.reassembled else ""
-        return f"A{self.bits}{kind} {'per token' if self.dynamic else 'static'}{kept}{grids}{split}"
+        rotated = "" if self.rotation is None else " rotated"
+        return f"A{self.bits}{kind} {'per token' if self.dynamic else 'static'}{kept}{grids}{split}{rotated}"
 
 
 class LinearScheme(BaseModel):

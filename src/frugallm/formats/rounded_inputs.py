@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from frugallm.compress.quantize.hadamard import hadamard_rotation
 from frugallm.formats import levels
 from frugallm.formats.channels import Reassembly
 from frugallm.formats.quantized_tensor import ActivationScheme
@@ -40,6 +41,10 @@ def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[s
         channels = Reassembly.of(parameters, x.shape[-1])
         alone = scheme.model_copy(update={"reassembled": False})
         return channels.spread(round_activations(channels.gathered(x.float()), alone, parameters)).to(x.dtype)
+    if scheme.rotation is not None:
+        rotation = hadamard_rotation(scheme.rotation)
+        inside = scheme.model_copy(update={"rotation": None})
+        return rotation.undo(round_activations(rotation.apply(x.float()), inside, parameters)).to(x.dtype)
     last = 2 ** (scheme.bits - 1) - 1
     if scheme.clusters is not None:
         return _round_by_cluster(x, last, parameters)

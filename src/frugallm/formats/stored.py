@@ -86,7 +86,9 @@ class Stored(Checkpoint):
         else:
             assert linear is not None
             q = compressed_tensors.decode_linear(path, tensors, linear.scheme)
-        return q.dequantize() if start is None or stop is None else q.rows(start, stop).dequantize()
+        if start is None or stop is None or q.extras:  # an extra may mix rows
+            return q.dequantize()[start:stop]
+        return q.rows(start, stop).dequantize()
 
 
 def model_in_memory(stored: Stored) -> PreTrainedModel:

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from frugallm.compress.quantize.transforms import repeat_over_group, scale_columns, scale_rows
 from frugallm.models.checkpoint import Checkpoint
-from frugallm.models.family import Heads, Site, writing_rows
+from frugallm.models.family import Site, writing_rows
+from frugallm.models.rewritten import Rewritten
 
 WIDEST = 2.0  # scales lie in [1 / WIDEST, WIDEST]
 
 
-class Offgrid(Checkpoint):
+class Offgrid(Rewritten):
     """Another checkpoint's function, computed tensor by tensor as it is read (in float32).
 
     Parameters
@@ -34,40 +33,12 @@ class Offgrid(Checkpoint):
     """
 
     def __init__(self, base: Checkpoint, seed: int = 0) -> None:
+        super().__init__(base)
         self.name = f"{base.name}-offgrid"
-        self.config = base.config
-        self.family = base.family
-        self.config_source = base.config_source
-        self._base = base
         self._seed = seed
-        self._heads = Heads.of(base.config)
-        self._in_block = re.compile(re.escape(self.family.blocks) + r"\.(\d+)\.(.+)\.(weight|bias)")
-
-    def names(self) -> list[str]:  # noqa: D102
-        return self._base.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:  # noqa: D102
-        return self._base.shape(name)
-
-    def where(self, name: str) -> str:  # noqa: D102
-        return self._base.where(name)
 
     def digest(self) -> str:  # noqa: D102
         return hashlib.sha256(f"offgrid seed {self._seed} of {self._base.digest()}".encode()).hexdigest()
-
-    def companions(self) -> dict[str, bytes]:  # noqa: D102
-        return self._base.companions()
-
-    def generation(self) -> dict[str, Any] | None:  # noqa: D102
-        return self._base.generation()
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What the base knows."""
-        return self._base.metadata
-
-    def _load_tokenizer(self) -> Any:
-        return self._base.tokenizer
 
     def _read(self, name: str, start: int | None, stop: int | None) -> Tensor:
         match = self._in_block.fullmatch(name)

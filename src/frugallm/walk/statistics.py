@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from frugallm.compress.quantize.hadamard import Rotation
 from frugallm.evaluate.precision import products_in
 
 Statistics = dict[str, Tensor]
@@ -198,10 +199,10 @@ PAIRED: dict[str, type[CrossMoment]] = {"cross_moment": CrossMoment}
 
 
 class Gather:
-    """The accumulators of one site for the statistics named in ``needs``."""
+    """The accumulators of one site for the statistics named in ``needs``, of inputs in the basis ``rotation``."""
 
-    def __init__(self, needs: Iterable[str], width: int) -> None:
-        needs = sorted(needs)
+    def __init__(self, needs: Iterable[str], width: int, rotation: Rotation | None = None) -> None:
+        needs, self.rotation = sorted(needs), rotation
         self.accumulators = {name: STATISTICS[name](width) for name in needs if name not in PAIRED}
         self.pairs = {name: PAIRED[name](width) for name in needs if name in PAIRED}
 
@@ -210,12 +211,15 @@ class Gather:
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Take in inputs ``(..., in)``, and the original model's for the same tokens where a statistic compares them."""
-        x = x.reshape(-1, x.shape[-1])
+        x = self._turned(x.reshape(-1, x.shape[-1]))
         for accumulator in self.accumulators.values():
             accumulator.add(x)
         for pair in self.pairs.values():
             assert original is not None
-            pair.add(x, original.reshape(x.shape))
+            pair.add(x, self._turned(original.reshape(x.shape)))
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return x if self.rotation is None or not self else self.rotation.apply(x.float()).to(x.dtype)
 
     def values(self) -> Statistics:
         """Return name to statistic."""

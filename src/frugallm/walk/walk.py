@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from frugallm.compress.plan import Plan, Work
+from frugallm.compress.prepare import rotation_of
+from frugallm.compress.quantize.hadamard import Rotation
 from frugallm.errors import DataError
+from frugallm.formats.extras import InputRotation
 from frugallm.formats.quantized_tensor import QuantizedTensor
 from frugallm.formats.rounded_inputs import round_inputs
 from frugallm.models.checkpoint import Checkpoint, meta_model
@@ -342,7 +345,10 @@ class Walk:
             work = self.plan.work(block.full_name(path))
             if work is not None and solving:
                 needs |= work.needs | work.input_needs
-        return Gather(needs - {WEIGHT_MOMENT}, block.weight(site.name).shape[1])
+        return Gather(needs - {WEIGHT_MOMENT}, block.weight(site.name).shape[1], self._rotation(block, site))
+
+    def _rotation(self, block: Block, site: Site) -> Rotation | None:
+        return rotation_of(self.plan.linears, map(block.full_name, site.linears))
 
     def _solve_site(self, done: SolvedBlock, site: Site, statistics: Statistics) -> None:
         """Solve the linears of ``site``; where statistics are used, those with one plan are solved as one weight.
@@ -372,12 +378,19 @@ class Walk:
                 together.setdefault((work.key, "" if shared else path), []).append(path)
         for paths in together.values():
             for some in _at_once(paths, block):
-                self._solve_together(done, some, works[some[0]], statistics)
+                self._solve_together(done, some, works[some[0]], statistics, self._rotation(block, site))
 
     def _solve_together(
-        self, done: SolvedBlock, paths: list[str], work: Work, statistics: Statistics
+        self,
+        done: SolvedBlock,
+        paths: list[str],
+        work: Work,
+        statistics: Statistics,
+        rotation: Rotation | None,
     ) -> None:
         weights = [done.block.weight(p) for p in paths]
+        if rotation is not None:
+            weights = [rotation.apply(w) for w in weights]  # in the basis of the statistics
         statistics = {**statistics, **done.inputs.get(paths[0], {})}
         form = work.form(weights[0] if len(weights) == 1 else torch.cat(weights), statistics)
         start = 0
@@ -387,7 +400,7 @@ class Walk:
             own = self.plan.work(done.block.full_name(path))
             assert own is not None
             part = own.repaired(weight, part, statistics)
-            self._store(done, path, part, own, statistics)
+            self._store(done, path, weight, part, own, statistics)
             start = stop
 
     def _input_parameters(self, name: str, work: Work, statistics: Statistics) -> dict[str, Tensor] | None:
@@ -404,13 +417,22 @@ class Walk:
         return plan.rounder.input_parameters(plan.scheme.activations, statistics)
 
     def _store(
-        self, done: SolvedBlock, path: str, form: QuantizedTensor | Tensor, work: Work, statistics: Statistics
+        self,
+        done: SolvedBlock,
+        path: str,
+        original: Tensor,
+        form: QuantizedTensor | Tensor,
+        work: Work,
+        statistics: Statistics,
     ) -> None:
-        original = done.block.weight(path)
+        """Keep what was made of ``original`` ``(out, in)``, both in the basis of the linear's inputs, and facts about it."""
         value = form.to(self.stored).float() if isinstance(form, Tensor) else form.dequantize()
         facts = linear_facts(original, value, form, work, statistics, self.fast)
         done.layers.append({"name": done.block.full_name(path), **facts})
         if isinstance(form, QuantizedTensor):
+            if work.rounded is not None and work.rounded.rotation is not None:
+                form = form.plus(InputRotation.of(work.rounded.rotation))
+                value = form.dequantize()
             done.linears[path] = form
         done.block.set_weight(path, value)
 

@@ -153,7 +153,7 @@ def compensate(
     last = None if kept is None else _KeepLast(rounding, len(kept))
     zeros = _zeros(u, order, block_size, pruned, sparsity)
     pull = _pull(drift, u, order)
-    with _one_thread():
+    with one_thread():
         _solve_columns(w, u, last or rounding, zeros, block_size, pull=pull)
     extras = () if last is None else (Columns.of(order[last.first :], last.values),)
     return QuantizedTensor(restored(rounding.codes, order), scale, zero, scheme, extras)
@@ -191,7 +191,7 @@ def prune_and_compensate(
     order = column_order(second_moment, act_order)
     w, u = _begin(weight, second_moment, order, damp)
     exact = _Exact(w)
-    with _one_thread():
+    with one_thread():
         _solve_columns(w, u, exact, _zeros(u, order, block_size, None, sparsity), block_size)
     return restored(exact.values, order)
 
@@ -219,7 +219,7 @@ def solve_columns(
     """
     w, u = _begin(weight, second_moment, order, damp)
     values, reached = choose(w, u)
-    with _one_thread():
+    with one_thread():
         _solve_columns(w, u, values, _zeros(u, order, block_size, pruned, None), block_size, reached)
 
 
@@ -335,7 +335,7 @@ def _zeros(
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one thread: a column is too little work to share, and waiting for each other costs more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
