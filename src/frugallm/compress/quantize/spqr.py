@@ -20,8 +20,9 @@ Formula
 
 When to use it
 --------------
-At 3 to 4.5 bits in all where FrugalLM computes the model and every bit counts. Where an engine is to load the result,
-``gptq``.
+At 3.6 to 4 bits in all, where FrugalLM computes the model, and where single weights stand out. Weights of small models
+hardly do: in the second block of SmolLM2-135M a threshold of 0.2 keeps 4 % of the entries (4.9 bits), and at 4.2 bits
+``gptq`` in groups of 64 leaves less error. Where an engine is to load the result, ``gptq``.
 
 Cost
 ----
@@ -38,6 +39,11 @@ reached. A range is at least half of the largest magnitude in it, and a group of
 rows: zero points far away, or steps of 0, would spoil the second level for their neighbors. A step there is no finer
 than 1/2048 of the largest value, which is what its float16 zero point resolves.
 Steps of the second level are bf16, kept entries float16.
+
+``H`` is damped as in ``gptq``; the authors' command adds the whole mean to the diagonal (``damp=1``). At the same
+threshold that keeps fewer entries, and at the same bits it left more error in three of four linears of that block (0.0019
+instead of 0.0014 of the output of o, less only for down). On the tiny model of the tests, where planted channels make the
+mean, divergence is 0.032 instead of 0.004 nats/token.
 
 ``second_bits=null`` stores grids as they are, with whole zero points and ranges that cover zero; with ``threshold=null``
 and ``early=true`` that is ``gptq`` on asymmetric grids, bit for bit. After a step that prunes, every zero point is 0: zero
@@ -64,7 +70,7 @@ from frugallm.compress.quantize.fitting_solver import fit_and_compensate
 from frugallm.compress.quantize.gptq import GPTQ
 from frugallm.compress.quantize.grids import decode, encode, fit_asymmetric, fit_second_level
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme, first_level
-from frugallm.method import Card, Claim
+from frugallm.method import Card, Claim, Method
 
 if TYPE_CHECKING:
     from frugallm.evaluate.bench import Bench
@@ -84,7 +90,7 @@ class SpQR(BlockMethod):
         code="https://github.com/Vahe1994/SpQR",
         row="q-spqr",
         baseline="gptq",
-        claim="In no more bits than GPTQ at 4 bits on its usual groups, all counted, the model stays closer to the original.",
+        claim="In no more bits than GPTQ at 4 bits per row, all counted, the model stays closer to the original.",
         expect_fail={
             "the_folder_loads_without_us_to_equal_logits": "compressed-tensors has neither entries beside the codes nor "
             "scales that are codes; plain transformers refuses the folder, and loads what 'frugal export --to dense' writes"
@@ -155,21 +161,27 @@ class SpQR(BlockMethod):
 
     @classmethod
     def claim(cls, bench: Bench) -> Claim:
-        """Compare with GPTQ at 4 bits, which must not take fewer bits: KL to the original, held-out text."""
-        baseline = GPTQ(bits=4)
-        most = bench.stored_bits(baseline)
+        """Compare with GPTQ at 4 bits per row (the paper's), which must take no fewer bits: KL to the original."""
         # Thresholds are chosen by the bits that they cost, whatever the result.
         steps = [cls(threshold=threshold) for threshold in (0.2, 0.5, 1.0, 2.0, 5.0, None)]
-        ours = next((step for step in steps if bench.stored_bits(step) <= most), steps[-1])
-        claim = bench.claim_lower(
-            ours=[ours], baseline=[baseline], baseline_name="gptq W4, groups of 128 or what fits"
-        )
-        bits, plain = bench.stored_bits(ours), steps[-1]
+
+        def within(baseline: GPTQ) -> SpQR:
+            most = bench.stored_bits(baseline)
+            return next((step for step in steps if bench.stored_bits(step) <= most), steps[-1])
+
+        def figures(step: Method) -> dict[str, float]:
+            return {"kl": bench.kl(step), "bits": bench.stored_bits(step)}
+
+        per_row, groups = GPTQ(bits=4, group_size=-1), GPTQ(bits=4)
+        ours = within(per_row)
+        claim = bench.claim_lower(ours=[ours], baseline=[per_row], baseline_name="gptq W4 per row")
         details = {
-            "bits": [bits, most],
-            "kl_and_bits_without_kept_entries": [bench.kl(plain), bench.stored_bits(plain)],
+            "claimed": [figures(ours), figures(per_row)],
+            "against_groups": [figures(within(groups)), figures(groups)],
+            "without_kept_entries": figures(steps[-1]),
         }
         claim = claim.model_copy(update={"details": {**claim.details, **details}})
+        bits, most = bench.stored_bits(ours), bench.stored_bits(per_row)
         if bits <= most:
             return claim
         reason = f"{bits:.2f} bits a weight, the baseline has {most:.2f}"
