@@ -184,7 +184,8 @@ def test_rows_and_columns_without_anything_are_no_harm():
     q = solve(weight, h)
     assert q.dequantize().isfinite().all()
     assert (q.scale > 0).all() and (q.scale < 2).all()
-    assert (q.dequantize() - weight)[:, :16].abs().max() < 1.0
+    nothing = torch.zeros_like(weight)
+    assert proxy_loss(weight, q.dequantize(), h) < 0.1 * proxy_loss(weight, nothing, h)
 
 
 @settings(max_examples=40, deadline=None)
