@@ -1,5 +1,7 @@
 """Every method's claim, checked on the tiny model, reaches the verdict that its card records."""
 
+import math
+
 import pytest
 import torch
 
@@ -25,6 +27,13 @@ def test_the_tiny_model_has_learned_its_text(tiny_bench):
     untrained = tiny.SHAPE["vocab_size"]
     assert evaluation.perplexity.value < untrained / 5
     assert evaluation.kl.value < 0.02
+
+
+@pytest.mark.claim
+def test_models_trained_for_claims_have_learned_their_text(tiny_bench):
+    training = tiny_bench.training
+    vocabulary = training.config().vocab_size
+    assert math.exp(training.loss(training.train([]))) < vocabulary / 5
 
 
 def test_outliers_are_planted_without_changing_the_function(trained):

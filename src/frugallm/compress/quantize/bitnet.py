@@ -93,6 +93,9 @@ class BitNet(TrainMethod):
         baseline="a float model whose weights are made ternary after training",
         claim="Trained from scratch with ternary weights a model predicts better than with binary ones, and both far "
         "better than a float model made ternary after training.",
+        holds=False,
+        reason="at 76 thousand weights and 300 steps both kinds beat a float model made ternary whatever the seed, but "
+        "ternary beats binary for two seeds of three only, by less than seeds differ",
     )
     begins: ClassVar[Literal["model", "scratch", "either"]] = "scratch"
     learning_rate: ClassVar[float] = 3e-3
