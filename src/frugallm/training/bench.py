@@ -65,7 +65,7 @@ SIZES = {
         further=60,
         held_out=48,
     ),
-    "minutes": Size({}, steps=400, batch=8, length=128, rate=3e-3, further=150, held_out=64),
+    "minutes": Size({}, steps=300, batch=8, length=128, rate=3e-3, further=150, held_out=64),
 }
 SEEDS = (0, 1, 2)
 #: Windows that post-training steps are calibrated on.
