@@ -90,6 +90,12 @@ def test_rounded_inputs_are_the_same_numbers_whether_or_not_gradients_pass():
         assert torch.equal(
             round_activations(x, scheme, parameters), round_activations(learns, scheme, parameters)
         )
+    floats = ActivationScheme(bits=8, grid="e4m3")
+    got = round_activations(learns, floats, {})
+    torch.testing.assert_close(got, round_activations(x, floats, {}), rtol=1e-6, atol=1e-6)
+    got.sum().backward()
+    assert (learns.grad - 1).abs().median() < 0.1  # of all but the largest of a token
+    learns.grad = None
     assert torch.equal(nearest(torch.tensor([0.5, 1.5, -2.5])), torch.tensor([0.0, 2.0, -2.0]))
     (nearest(learns) ** 2).sum().backward()
     assert torch.equal(learns.grad, 2 * learns.detach().round())

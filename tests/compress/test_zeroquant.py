@@ -115,6 +115,7 @@ def test_linears_that_are_not_touched_are_not_trained(tmp_path):
         ([LKD(), LoRC()], "what lkd trains"),
         ([LKD(), Magnitude()], "what lkd trains"),
         ([LKD(only=("*.mlp.*",)), GPTQ()], "what lkd trains"),
+        ([RTN(grid="fp4"), LKD()], "lkd trains codes that are integers"),
     ],
 )
 def test_what_is_trained_is_not_changed_afterwards(steps, said):

@@ -264,16 +264,27 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
         choosers,
         tuple(s for s in blocks if s.reconstructs),
     )
-    _check_training(plan, checkpoint)
+    _check_training(plan)
+    _check_comparing(plan, checkpoint)
     return plan
 
 
-def _check_training(plan: Plan, checkpoint: Checkpoint) -> None:
+def _check_training(plan: Plan) -> None:
     for step in plan.reconstructions:
+        for name, linear in plan.linears.items():
+            grid = linear.scheme.weights.grid
+            if step.touches(name) and grid != "int":
+                raise RecipeError(
+                    f"{step.name()} trains codes that are integers, and {name} is stored in {grid}",
+                    "Use a step that rounds to integers, or skip those linears",
+                )
         if not any(step.touches(name) for name in plan.linears):
             raise RecipeError(
                 f"{step.name()} finds no rounded linear to train", "Put a step that rounds before it"
             )
+
+
+def _check_comparing(plan: Plan, checkpoint: Checkpoint) -> None:
     for index in range(checkpoint.config.num_hidden_layers if plan.reads_original else 0):
         for sub in checkpoint.family.graph(checkpoint.config, index):
             for site in sub.outputs if sub.routed else ():

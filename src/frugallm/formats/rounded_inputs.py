@@ -27,7 +27,12 @@ LEAVES = ("input_scale", "input_clusters", "input_zero_point", "input_groups", "
 
 def nearest(x: Tensor) -> Tensor:
     """Return ``x`` rounded to whole numbers; gradients pass as if it were not, the values are the same."""
-    return x + (x.round() - x).detach() if x.requires_grad else x.round()
+    return _straight(x, x.round())
+
+
+def _straight(x: Tensor, rounded: Tensor) -> Tensor:
+    """Return ``rounded`` with the gradient of ``x``; what ``x`` is rounded to whole numbers stays the same to the bit."""
+    return x + (rounded - x).detach() if x.requires_grad else rounded
 
 
 def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -56,7 +61,8 @@ def round_activations(x: Tensor, scheme: ActivationScheme, parameters: Mapping[s
     else:
         scale = parameters["input_scale"]
     if scheme.grid != "int":
-        return (levels.nearest_values(x.float() / scale, scheme.grid) * scale).to(x.dtype)
+        exact = x.float() / scale
+        return (_straight(exact, levels.nearest_values(exact, scheme.grid)) * scale).to(x.dtype)
     return (nearest(x.float() / scale).clamp(-last - 1, last) * scale).to(x.dtype)
 
 

@@ -106,7 +106,7 @@ class QLLM(BlockMethod):
     candidates: int = Field(32, ge=1, le=1000, description="thresholds that are compared at each site")
     rank: int = Field(4, ge=1, le=4096, description="rank of the correction")
     steps: int = Field(32, ge=0, le=100_000, description="training steps for each block; 0: not corrected")
-    rate: float = Field(0.01, gt=0, le=1, description="what a first step moves the factors by")
+    rate: float = Field(0.02, gt=0, le=1, description="what a first step moves the factors by")
     batch: int = Field(4, ge=1, le=1024, description="windows a training step")
 
     @property
