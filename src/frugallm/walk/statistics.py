@@ -202,7 +202,8 @@ class Gather:
     """The accumulators of one site for the statistics named in ``needs``, of inputs in the basis ``rotation``."""
 
     def __init__(self, needs: Iterable[str], width: int, rotation: Rotation | None = None) -> None:
-        needs, self.rotation = sorted(needs), rotation
+        needs = sorted(needs)
+        self.rotation = rotation
         self.accumulators = {name: STATISTICS[name](width) for name in needs if name not in PAIRED}
         self.pairs = {name: PAIRED[name](width) for name in needs if name in PAIRED}
 
@@ -211,15 +212,18 @@ class Gather:
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
         """Take in inputs ``(..., in)``, and the original model's for the same tokens where a statistic compares them."""
-        x = self._turned(x.reshape(-1, x.shape[-1]))
+        if not self:
+            return
+        x = self._turned(x)
         for accumulator in self.accumulators.values():
             accumulator.add(x)
         for pair in self.pairs.values():
             assert original is not None
-            pair.add(x, self._turned(original.reshape(x.shape)))
+            pair.add(x, self._turned(original))
 
     def _turned(self, x: Tensor) -> Tensor:
-        return x if self.rotation is None or not self else self.rotation.apply(x.float()).to(x.dtype)
+        x = x.reshape(-1, x.shape[-1])
+        return x if self.rotation is None else self.rotation.apply(x.float()).to(x.dtype)
 
     def values(self) -> Statistics:
         """Return name to statistic."""

@@ -345,7 +345,8 @@ class Walk:
             work = self.plan.work(block.full_name(path))
             if work is not None and solving:
                 needs |= work.needs | work.input_needs
-        return Gather(needs - {WEIGHT_MOMENT}, block.weight(site.name).shape[1], self._rotation(block, site))
+        width = block.weight(site.name).shape[1]
+        return Gather(needs - {WEIGHT_MOMENT}, width, self._rotation(block, site))
 
     def _rotation(self, block: Block, site: Site) -> Rotation | None:
         return rotation_of(self.plan.linears, map(block.full_name, site.linears))
@@ -356,7 +357,7 @@ class Walk:
         Where rows are independent of each other that changes nothing but the time: one factor serves them all. Scales
         of a tensor are shared then, as engines that join such linears want it.
         """
-        block = done.block
+        block, rotation = done.block, self._rotation(done.block, site)
         together: dict[tuple[Any, ...], list[str]] = {}
         works: dict[str, Work] = {}
         inputs: dict[tuple[Any, ...], dict[str, Tensor] | None] = {}  # one input, so one answer of each step
@@ -369,7 +370,10 @@ class Walk:
                 if key not in inputs:
                     seen = dict(statistics)
                     if WEIGHT_MOMENT in work.input_needs:
-                        seen[WEIGHT_MOMENT] = block.weight_moment(site)
+                        moment = block.weight_moment(site)
+                        seen[WEIGHT_MOMENT] = (
+                            moment if rotation is None else rotation.apply(rotation.apply(moment).T)
+                        )
                     inputs[key] = self._input_parameters(block.full_name(path), work, seen)
                 if (parameters := inputs[key]) is not None:
                     done.inputs[path] = {leaf: tensor.clone() for leaf, tensor in parameters.items()}
@@ -378,7 +382,7 @@ class Walk:
                 together.setdefault((work.key, "" if shared else path), []).append(path)
         for paths in together.values():
             for some in _at_once(paths, block):
-                self._solve_together(done, some, works[some[0]], statistics, self._rotation(block, site))
+                self._solve_together(done, some, works[some[0]], statistics, rotation)
 
     def _solve_together(
         self,

@@ -31,10 +31,11 @@ Workspace: 40 bytes per entry of the largest ``H``.
 Differences from the paper
 --------------------------
 (5) is done by the column solve of ``gptq``, which the paper proves to be the same; the authors' code goes from the last
-column to the first, which in a random basis is one order like another. The weight is permuted at random before ``U`` and
-``V``, not also behind them. ``matrices=hadamard`` takes randomized Hadamard matrices, as QuIP# does. The one scale is stored
-once for each row, since the container has a place for it there. Regularization and damping are one parameter, the share
-of the mean diagonal that is added.
+column to the first, which in a random basis is one order like another. The default matrices are randomized Hadamard ones,
+as in QuIP#, which lost half as much on the tiny model at 3 bits (KL 0.016 against 0.034). ``matrices=kronecker`` is the
+paper's choice, with the random permutation in front of it, not also behind. The one scale is stored once for each row,
+since the container has a place for it there. Regularization and damping are one parameter, the share of the mean diagonal
+that is added. Weights that stand at 8 bits or more are not what the fixed extent of the grid is for, so 4 is the most.
 
 References
 ----------
@@ -79,6 +80,10 @@ class QuIP(BlockMethod):
         row="q-quip",
         baseline="gptq with one scale a row",
         claim="At 3 bits with one scale a matrix the model stays closer to the original than with GPTQ and one a row.",
+        holds=False,
+        reason="On the tiny model KL 0.016 against 0.011, although the squared error of the outputs is lower in most linears "
+        "(0.0044 of their size on average, GPTQ 0.0053): its weights are nearly Gaussian but for a few planted rows and "
+        "columns, which one scale a row bears as well. Without incoherence KL is 1.05.",
         expect_fail={
             "the_folder_loads_without_us_to_equal_logits": "compressed-tensors has no such basis; plain transformers "
             "refuses the folder"
@@ -93,8 +98,8 @@ class QuIP(BlockMethod):
     incoherence: bool = Field(
         True, description="turn weights by random matrices; without, this is LDLQ alone"
     )
-    matrices: Literal["kronecker", "hadamard"] = Field(
-        "kronecker",
+    matrices: Literal["hadamard", "kronecker"] = Field(
+        "hadamard",
         description="products of two random orthogonal ones, or Hadamard with random signs",
     )
     extent: float = Field(
