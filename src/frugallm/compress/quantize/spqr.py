@@ -91,6 +91,10 @@ class SpQR(BlockMethod):
         row="q-spqr",
         baseline="gptq",
         claim="In no more bits than GPTQ at 4 bits per row, all counted, the model stays closer to the original.",
+        holds=False,
+        reason="the outliers of the tiny model are planted in input channels, its single weights do not stand out: 0.0158 "
+        "nats/token at 4.02 bits against 0.0056 at 4.15; with threshold=0.2, at 4.88 bits, 0.0042 against 0.0052 of gptq W4 "
+        "in groups of 16 at 5.01",
         expect_fail={
             "the_folder_loads_without_us_to_equal_logits": "compressed-tensors has neither entries beside the codes nor "
             "scales that are codes; plain transformers refuses the folder, and loads what 'frugal export --to dense' writes"
@@ -100,7 +104,7 @@ class SpQR(BlockMethod):
     solve_needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
     by_rows: ClassVar[bool] = False
 
-    bits: Literal[2, 3, 4, 5, 6, 7, 8] = Field(3, description="bits per weight on the grid")
+    bits: Literal[2, 3, 4] = Field(3, description="bits per weight on the grid")
     group_size: int | None = Field(
         16,
         ge=-1,
