@@ -95,3 +95,18 @@ def test_likeness_is_the_mean_cosine_of_pairs():
     cosines = unit @ unit.T
     pairs = ~torch.eye(12, dtype=torch.bool)
     assert likeness(model, WINDOWS[:1]) == pytest.approx(cosines[pairs].mean().item(), abs=1e-5)
+
+
+def test_ranges_are_not_rounded_when_the_rest_is():
+    from frugallm.training.result import as_stored
+
+    method, student, _ = _student()
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name.endswith(".clip"):
+                parameter.mul_(1.2345)  # no number of bf16
+    layout = method.hand_on(student, family_of(student.config), torch.bfloat16)
+    as_stored(student, layout, torch.bfloat16)
+    for name, q in layout.stored.items():
+        assert torch.equal(student.get_submodule(name).stored().scale, q.scale)
+        assert torch.equal(student.get_submodule(name).stored().codes, q.codes)

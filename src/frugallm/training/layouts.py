@@ -36,8 +36,8 @@ class Layout:
         Whether plain ``transformers`` loads the folder.
     rounds_inputs
         Whether inputs of linears are rounded at run time.
-    added
-        Ends of names of tensors that are not in the plain model.
+    dropped
+        Ends of names of tensors that serve training alone and are not stored.
     notes
         What a reader of the result should know about it.
     """
@@ -49,7 +49,7 @@ class Layout:
     stem: str = "model"
     in_transformers: bool = True
     rounds_inputs: bool = False
-    added: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 
@@ -71,7 +71,7 @@ def compressed(
     dtype: torch.dtype,
     *,
     tied: bool,
-    added: tuple[str, ...] = (),
+    dropped: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
 ) -> Layout:
     """Return the layout of linears and tables on grids, in the containers that ``frugal run`` writes.
@@ -109,7 +109,7 @@ def compressed(
                 # Readers tie the weight of the head to the embedding; its scale has a name of its own.
                 found[f"{family.head}.weight_scale"] = q.scale.clone()
             return found
-        return {} if name.endswith(added) and added else {name: value.to(dtype)}
+        return {} if name.endswith(dropped) else {name: value.to(dtype)}
 
     labels = {scheme.label() for scheme in schemes.values()}
     return Layout(
@@ -119,6 +119,6 @@ def compressed(
         quantization=compressed_tensors.quantization_config(plan, family, tied=tied),
         in_transformers=loads_in_transformers(plan),
         rounds_inputs=activations is not None,
-        added=added,
+        dropped=dropped,
         notes=notes,
     )

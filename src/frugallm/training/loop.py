@@ -65,13 +65,15 @@ def begin(
     seed: int,
 ) -> Tensor:
     """Make a student ready for training in place; return the windows to train on, ``(windows, length)``."""
-    for step in steps:
-        step.rewrite(student, family)
-    for step in steps:
-        if step.has_data:
-            windows = step.data(teacher or student, windows, seed)
-    for step in steps:
-        step.ready(student, windows)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # what a rewrite adds may begin at random
+        for step in steps:
+            step.rewrite(student, family)
+        for step in steps:
+            if step.has_data:
+                windows = step.data(teacher or student, windows, seed)
+        for step in steps:
+            step.ready(student, windows)
     return windows
 
 

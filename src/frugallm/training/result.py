@@ -65,7 +65,7 @@ def as_stored(student: PreTrainedModel, layout: Layout, dtype: torch.dtype) -> N
     """Give all tensors that are stored as they are the values that they have in ``dtype``."""
     latent = {f"{name}.weight" for name in layout.stored}
     for name, parameter in student.named_parameters():
-        if name not in latent:
+        if name not in latent and not name.endswith(layout.dropped):
             parameter.copy_(parameter.to(dtype))
 
 

@@ -158,7 +158,6 @@ class BitNet(TrainMethod):
             stem="model" if ternary else "frugallm",
             in_transformers=ternary,
             rounds_inputs=True,
-            added=("rms_norm.weight",),
             notes=(
                 "transformers compiles parts of this layout on first use, which needs a C++ compiler "
                 "(TORCHDYNAMO_DISABLE=1 does without)",

@@ -168,8 +168,8 @@ class QuantGPT(TrainMethod):
         linears = {n: m.stored() for n, m in student.named_modules() if isinstance(m, ClippedLinear)}
         tables = {n: m.stored() for n, m in student.named_modules() if isinstance(m, ClippedEmbedding)}
         tied = bool(student.config.tie_word_embeddings)
-        added = (f"{PROJECTION}.weight", MEMORY, ".clip")
-        return compressed(linears, tables, inputs, family, dtype, tied=tied, added=added)
+        dropped = (f"{PROJECTION}.weight", MEMORY, ".clip")
+        return compressed(linears, tables, inputs, family, dtype, tied=tied, dropped=dropped)
 
     @classmethod
     def claim(cls, bench: Bench) -> Claim:
