@@ -5,6 +5,7 @@ import torch
 from shapes import moment, random_weight
 
 from frugallm.compress.plan import make_plan
+from frugallm.compress.quantize.distillation import latent, rounded
 from frugallm.compress.quantize.gptq import GPTQ
 from frugallm.compress.quantize.grids import fit, in_units, nearest_on, power_of_two, round_to_nearest
 from frugallm.compress.quantize.rtn import RTN
@@ -12,10 +13,11 @@ from frugallm.compress.quantize.solvers import compensate, proxy_loss
 from frugallm.conformance.parts import container_bytes
 from frugallm.conformance.stored_models import loads_outside_as_in_memory
 from frugallm.conformance.trial import carry_out, job_for, random_model, windows
-from frugallm.errors import ParameterError
+from frugallm.errors import ParameterError, RecipeError
 from frugallm.formats.compressed_tensors import container, decode_linear, encode_linear, quantization_config
 from frugallm.formats.engines import loads_in_transformers
-from frugallm.formats.quantized_tensor import LinearScheme, WeightScheme
+from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, WeightScheme
+from frugallm.formats.rounded_inputs import round_activations
 from frugallm.models.in_memory import InMemory
 from frugallm.recipe import Recipe
 
@@ -235,3 +237,45 @@ def test_what_the_formats_cost_a_model(tiny_bench):
     kl = {name: tiny_bench.kl(step) for name, step in steps.items()}
     assert kl["nvfp4"] < kl["int4"] < kl["mxfp4"], kl
     assert kl["gptq mxfp4"] < kl["mxfp4"] and kl["gptq nvfp4"] < kl["nvfp4"], kl
+
+
+@every
+def test_training_begins_where_the_weights_lie_between_codes_and_moves_their_values(scheme):
+    weight = random_weight(5, 64, 8)
+    q = round_to_nearest(weight, scheme)
+    places = latent(weight, q)
+    assert torch.equal(places.round().to(torch.int8), q.codes) and not torch.equal(places.round(), places)
+    inside = places.abs() < scheme.code_range[1]
+    low, high = (
+        q.__class__(part(places).to(torch.int8), q.scale, None, scheme, unit=q.unit).dequantize()
+        for part in (torch.floor, torch.ceil)
+    )
+    between = low + (places - torch.floor(places)) * (high - low)
+    torch.testing.assert_close(between[inside], weight[inside], rtol=1e-4, atol=1e-6)
+
+    moved = places.clone().requires_grad_()
+    value = rounded(moved, q).dequantize()
+    assert torch.equal(value, q.dequantize())
+    value.sum().backward()
+    assert (moved.grad[inside] > 0).all()
+
+
+def test_gradients_pass_through_inputs_in_fp8():
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    out = round_activations(
+        x, ActivationScheme(grid="e4m3", dynamic=False), {"input_scale": torch.tensor([0.01])}
+    )
+    out.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
+def test_codes_of_fp4_are_trained_by_block_and_pairs_are_not(tmp_path):
+    checkpoint = InMemory(random_model("tied"))
+    job = job_for(checkpoint, Recipe.parse(["rtn:grid=mxfp4", "lkd:steps=24,rate=0.02"]).steps, windows("tied"))
+    before = carry_out(job_for(checkpoint, [RTN(grid="mxfp4")], None), tmp_path / "before").tensors()
+    after = carry_out(job, tmp_path / "after").tensors()
+    name = "model.layers.0.mlp.down_proj.weight_"
+    assert torch.equal(after[f"{name}scale"], before[f"{name}scale"])
+    assert not torch.equal(after[f"{name}packed"], before[f"{name}packed"])
+    with pytest.raises(RecipeError, match="no training between the codes of pairs"):
+        make_plan(Recipe.parse(["olive", "lkd"]).steps, checkpoint)

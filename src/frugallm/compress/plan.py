@@ -282,6 +282,12 @@ def _check_training(plan: Plan) -> None:
             raise RecipeError(
                 f"{step.name()} finds no rounded linear to train", "Put a step that rounds before it"
             )
+        for name, linear in plan.linears.items():
+            if step.touches(name) and linear.scheme.weights.grid == "olive":
+                raise RecipeError(
+                    f"{step.name()} after {linear.solver.name()}: no training between the codes of pairs, as in {name}",
+                    "Keep one, or give them different linears with only and skip",
+                )
 
 
 def _check_comparing(plan: Plan, checkpoint: Checkpoint) -> None:

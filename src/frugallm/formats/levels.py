@@ -79,6 +79,19 @@ def values_of(codes: Tensor, grid: str) -> Tensor:
     return levels(grid)[codes.int() + last_code(grid)]
 
 
+def places(x: Tensor, grid: str) -> Tensor:
+    """Return where ``x`` lies among the values of a float grid, in codes: whole at each value, in proportion between."""
+    values = levels(grid)
+    below = torch.bucketize(x, values[1:-1], right=True)
+    return below + (x - values[below]) / (values[below + 1] - values[below]) - last_code(grid)
+
+
+def slopes(codes: Tensor, grid: str) -> Tensor:
+    """Return by how much the values of a float grid grow for each code around ``codes``."""
+    (difference,) = torch.gradient(levels(grid))
+    return difference[codes.int() + last_code(grid)]
+
+
 def nearest_values(x: Tensor, grid: str) -> Tensor:
     """Return the values nearest to ``x`` float32."""
     if grid == "e4m3":  # the processor's own conversion; beyond the range it would give NaN

@@ -90,8 +90,17 @@ class WeightScheme(BaseModel):
         return x.round_().clamp_(*self.code_range)
 
     def values(self, codes: Tensor) -> Tensor:
-        """Return what codes stand for, float32, in units of the scale and without zero point."""
-        return codes.float() if self.grid == "int" else levels.values_of(codes, self.grid)
+        """Return what codes stand for, float32, in units of the scale and without zero point; gradients pass."""
+        if self.grid == "int":
+            return codes.float()
+        found = levels.values_of(codes.detach(), self.grid)
+        if codes.requires_grad:
+            found = found + (codes - codes.detach()) * levels.slopes(codes.detach(), self.grid)
+        return found
+
+    def places(self, x: Tensor) -> Tensor:
+        """Return what :meth:`nearest` of ``x`` is before it is rounded; there is no such thing for pairs."""
+        return x if self.grid == "int" else levels.places(x, self.grid)
 
     def columns_per_scale(self, width: int) -> int:
         """Return how many of ``width`` columns share one scale."""
@@ -238,8 +247,12 @@ class QuantizedTensor:
         grouped = self.scheme.values(self.codes).view(rows, groups, width // groups)
         if self.zero is not None:
             grouped = grouped - self.zero.float()[..., None]
-        scale = self.scale.float() if self.unit is None else self.scale.float() / self.unit
-        return (grouped * scale[..., None]).view(rows, width)
+        return (grouped * self.step[..., None]).view(rows, width)
+
+    @property
+    def step(self) -> Tensor:
+        """Scale of every group, ``(out, groups)`` float32, in units of the weight."""
+        return self.scale.float() if self.unit is None else self.scale.float() / self.unit
 
     def plus(self, extra: Extra) -> QuantizedTensor:
         """Return the same with one more extra, of the kind that the scheme names next."""

@@ -53,7 +53,7 @@ def latent(weight: Tensor, q: QuantizedTensor) -> Tensor:
 
     A solver may have chosen another code than the nearest. Such entries begin in the middle of their code.
     """
-    exact = weight.view(len(weight), q.scale.shape[1], -1) / q.scale.float()[..., None]
+    exact = q.scheme.places(weight.view(len(weight), q.scale.shape[1], -1) / q.step[..., None])
     if q.zero is not None:
         exact = exact + q.zero.float()[..., None]
     exact = exact.view_as(weight).clamp(*q.scheme.code_range)
