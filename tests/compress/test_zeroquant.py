@@ -10,6 +10,7 @@ from frugallm.compress.prune.unstructured.magnitude import Magnitude
 from frugallm.compress.quantize.gptq import GPTQ
 from frugallm.compress.quantize.lkd import LKD
 from frugallm.compress.quantize.lorc import LoRC
+from frugallm.compress.quantize.olive import Olive
 from frugallm.compress.quantize.rtn import RTN
 from frugallm.compress.quantize.zeroquant import ZeroQuant, attention_linears
 from frugallm.conformance import families
@@ -115,7 +116,7 @@ def test_linears_that_are_not_touched_are_not_trained(tmp_path):
         ([LKD(), LoRC()], "what lkd trains"),
         ([LKD(), Magnitude()], "what lkd trains"),
         ([LKD(only=("*.mlp.*",)), GPTQ()], "what lkd trains"),
-        ([RTN(grid="fp4"), LKD()], "lkd trains codes that are integers"),
+        ([Olive(), LKD()], "there is nothing between pairs"),
     ],
 )
 def test_what_is_trained_is_not_changed_afterwards(steps, said):

@@ -273,21 +273,15 @@ def _check_training(plan: Plan) -> None:
     for step in plan.reconstructions:
         for name, linear in plan.linears.items():
             grid = linear.scheme.weights.grid
-            if step.touches(name) and grid != "int":
+            if step.touches(name) and grid == "olive":
                 raise RecipeError(
-                    f"{step.name()} trains codes that are integers, and {name} is stored in {grid}",
-                    "Use a step that rounds to integers, or skip those linears",
+                    f"{step.name()} trains weights between codes, and there is nothing between pairs, as in {name}",
+                    "Use a step that rounds to numbers, or skip those linears",
                 )
         if not any(step.touches(name) for name in plan.linears):
             raise RecipeError(
                 f"{step.name()} finds no rounded linear to train", "Put a step that rounds before it"
             )
-        for name, linear in plan.linears.items():
-            if step.touches(name) and linear.scheme.weights.grid == "olive":
-                raise RecipeError(
-                    f"{step.name()} after {linear.solver.name()}: no training between the codes of pairs, as in {name}",
-                    "Keep one, or give them different linears with only and skip",
-                )
 
 
 def _check_comparing(plan: Plan, checkpoint: Checkpoint) -> None:
