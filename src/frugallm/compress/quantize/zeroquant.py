@@ -30,9 +30,9 @@ rounds, ``lkd`` does (3) alone.
 Cost
 ----
 A step trains one block on ``batch`` windows: about four forwards of them. With the defaults and windows of 512 tokens
-training one block of the 135M model took 21 s after ``gptq``, without rounded inputs (one thread, beside other work; its
-30 blocks were not all run): some ten minutes for all of them. Workspace: 24 bytes per weight of one block, the activations
-of ``batch`` windows, and the hidden states of all windows a second time (on disk where they are large), with
+training one block of the 135M model took 21 s after ``gptq``, without rounded inputs (one thread, beside other work; its 30
+blocks were not all run): some ten minutes for all of them. Workspace: 24 bytes per weight of one block, the activations of
+``batch`` windows, and the hidden states of all windows a second time (on disk where they are large), with
 ``inputs=original`` a third.
 
 Differences from the paper
