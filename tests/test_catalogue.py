@@ -75,7 +75,7 @@ def state_of(row):
 def test_a_row_works_only_with_both_records_of_the_current_version(records):
     gptq = methods()["gptq"]
     assert state_of("q-gptq").state == "preview"
-    assert state_of("q-quip").state == "planned"
+    assert state_of("p-llm-pruner").state == "planned"
     write_record(gptq, conformance=PASSED)
     assert state_of("q-gptq").state == "preview"
     write_record(gptq, claim=HELD)
