@@ -1,5 +1,6 @@
 """What all tests share: the tiny trained model, made once and kept in pytest's cache."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts():
+    """Whoever starts the tests in the background may have Ctrl-C ignored, and the commands started here inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

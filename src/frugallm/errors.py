@@ -66,5 +66,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'?`` for the known word nearest to ``word``, or the list of known words."""
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=5, cutoff=0.5)
-    close.sort(key=lambda name: sorted(name) != sorted(word))  # letters in the wrong order are the likeliest slip
+    close.sort(
+        key=lambda name: sorted(name) != sorted(word)
+    )  # letters in the wrong order are the likeliest slip
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"

@@ -27,6 +27,14 @@ def test_the_commands_are_these():
     assert list(COMMANDS) == known.split()
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "frugallm", "doktor"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "doctor" in done.stderr
+
+
 def test_the_options_of_run_are_frozen():
     frozen = (
         "recipe out resume overwrite text samples seq-len seed eval-text windows no-evaluate dtype device"
