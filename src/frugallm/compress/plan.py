@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from frugallm.compress.contract import GROUP_SIZES, BlockMethod, PrepareMethod, TableMethod, matches
+from frugallm.compress.contract import GROUP_SIZES, BlockMethod, PrepareMethod, TableMethod
+from frugallm.compress.order import check_order, check_patterns
 from frugallm.compress.prepare import check_first, rotate_inputs
 from frugallm.compress.prune.unstructured.masks import Sparsity
-from frugallm.errors import ParameterError, RecipeError
+from frugallm.errors import RecipeError
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
 from frugallm.method import Method
 from frugallm.walk.statistics import PAIRED
@@ -237,8 +238,8 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
             )
     prepares = check_first(steps)
     for step in blocks:
-        _check_patterns(step, names)
-    _check_order(blocks, names)
+        check_patterns(step, names)
+    check_order(blocks, names)
     notes: list[str] = []
     linears = _plan_linears(blocks, names, widths, notes)
     pruned = _plan_pruned(blocks, names, widths, notes)
@@ -305,67 +306,6 @@ def _modules(linears: Iterable[str], family: Family) -> Modules:
     return "experts" if experts else "Linear"
 
 
-def _check_patterns(step: BlockMethod, names: list[str]) -> None:
-    lists = {k: v for k, v in step if k in ("skip", "only", "token")}
-    for parameter, patterns in lists.items():
-        for pattern in patterns:
-            if not any(matches(name, [pattern]) for name in names):
-                raise ParameterError(
-                    f"{step.name()}: {parameter} pattern '{pattern}' matches no linear",
-                    f"Names look like {names[-1]}; * stands for anything",
-                )
-    if not any(step.touches(name) for name in names):
-        raise RecipeError(f"{step.name()} is left with no linear to work on", "Loosen skip or only")
-
-
-def _check_order(blocks: list[BlockMethod], names: list[str]) -> None:
-    for later, step in enumerate(blocks):
-        for earlier in blocks[:later]:
-            shared = next((n for n in names if step.touches(n) and earlier.touches(n)), None)
-            conflict = _conflict(step, earlier, shared)
-            if conflict is not None:
-                reason, mend = conflict
-                raise RecipeError(f"{step.name()} after {earlier.name()}: {reason}", mend)
-
-
-def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tuple[str, str] | None:
-    """Return why ``step`` cannot come after ``earlier`` and the mend; ``shared`` is a linear of both, if there is one."""
-    rounds, rounded = step.rounds, earlier.rounds and earlier.solves == "step"
-    keep_one = "Keep one, or give them different linears with only and skip"
-    swap = f"Put {step.name()} before {earlier.name()}"
-    if step.rewrites and earlier.rewrites and shared:
-        return f"both scale the input of {shared}", keep_one
-    if step.rewrites and rounded:
-        return "a smoothing step after rounding would scale rounded weights", swap
-    if step.rewrites and earlier.prunes:
-        return "a smoothing step after pruning would change what the zeros were chosen by", swap
-    if shared and rounds and rounded and step.solves == "step":
-        return f"{shared} would be rounded twice", keep_one
-    if shared and rounds and earlier.repairs and step.solves == "step":
-        return f"what {earlier.name()} adds makes up for the rounding of {shared}, which is done later", swap
-    if shared and rounds and earlier.prunes and not step.keeps_zeros:
-        return f"it stores {shared} in another basis, where its zeros are none", keep_one
-    if (
-        shared
-        and earlier.reconstructs
-        and (step.prunes or step.repairs or (rounds and step.solves == "step" and not earlier.chooses))
-    ):
-        return f"what {earlier.name()} trains in {shared} would be changed again", swap
-    if step.rewrites and earlier.reconstructs:
-        return "a smoothing step would change what is trained", swap
-    if shared and step.repairs and earlier.prunes:
-        return f"what it adds would fill the zeros of {shared}", keep_one
-    if shared and step.chooses and rounded:
-        return f"how {shared} is stored must be known before it is rounded", swap
-    if shared and step.chooses and type(step) is type(earlier):
-        return f"both choose how {shared} is stored", keep_one
-    if shared and step.prunes and earlier.prunes:
-        return f"{shared} would be pruned twice", keep_one
-    if shared and step.prunes and rounded:
-        return f"{shared} is rounded by then, and its zeros would be chosen among rounded weights", swap
-    return None
-
-
 def _plan_linears(
     blocks: list[BlockMethod], names: list[str], widths: dict[str, int], notes: list[str]
 ) -> dict[str, LinearPlan]:
@@ -375,7 +315,7 @@ def _plan_linears(
     repairs: dict[str, tuple[BlockMethod, ...]] = {}
     for step in blocks:
         for name in filter(step.touches, names):
-            # A "step" replaces a "default", before or after it; _check_order saw to the rest. Who chooses grids leaves the
+            # A "step" replaces a "default", before or after it; check_order saw to the rest. Who chooses grids leaves the
             # rounding to anybody else who can round on them.
             before = solver.get(name)
             free = before is None or before.chooses or (step.chooses and not before.flexible)
