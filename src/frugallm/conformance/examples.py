@@ -95,6 +95,8 @@ def _numbers(kind: type, field: FieldInfo) -> Iterator[Any]:
         yield start + (1 if exclusive and low is not None else 0)
         if high is None:
             yield start + 17  # 16 where -1 stands for something else
+        elif field.default == start:
+            yield min(start + 2, high)
         return
     low = 0.0 if low is None else float(low)
     yield low + (0.375 * (float(high) - low) if high is not None and math.isfinite(high) else 0.375)
