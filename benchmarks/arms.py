@@ -191,7 +191,8 @@ def benchmark(
     known = facts()
     setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
     names = common.pick(list(arms), args.only)
-    python = peers.peer_python("llmcompressor", args.envs)
+    theirs_too = any(not arms[n].ours for n in names)
+    python = peers.peer_python("llmcompressor", args.envs) if theirs_too else Path()
     with common.kept_folder(args.work) as work:
         place = {"work": Path(work), "python": python, "model": common.dense_folder(Path(work) / "dense")}
         place["tokens"] = common.calibration_tokens(
@@ -207,7 +208,7 @@ def benchmark(
         "benchmark": name,
         "facts": known,
         "setting": setting.facts() | dict(more) | {"repeats": args.repeats},
-        "peer": peers.versions("llmcompressor", python),
+        "peer": peers.versions("llmcompressor", python) if theirs_too else {},
         "unquantized_perplexity": base_perplexity(evaluations),
         "arms": {n: runs[n] | {"evaluation": evaluations[n].model_dump(mode="json")} for n in names},
         "comparisons": comparisons,

@@ -111,9 +111,10 @@ def results_page(folder: Path) -> str:
     ]
     lines = ["# Results", "", "<!-- made by 'frugal reproduce' from results/ -->", ""]
     lines += [
-        "Every method's claim against the naive thing it must beat, on a real model. `frugal reproduce`"
+        "Every method's claim against the naive thing it must beat: on a real model, or, for methods that act while a",
+        "model is trained, on small ones trained on the spot. `frugal reproduce` measures them again. The seconds are",
+        "those of the whole check, other work on the machine included.",
     ]
-    lines += ["measures them again."]
     for model in sorted({result.model for result in found}):
         lines += ["", f"## {model}", "", "| method | claim | measured | baseline | verdict | s |"]
         lines += ["| --- | --- | --- | --- | --- | --- |"]
