@@ -2,7 +2,8 @@
 
 Prints ``{"event": "stage", "text": …}`` lines on standard error, so that whoever started it can tell loading,
 compressing and saving apart. The folder it writes is dense float32 and holds the values that HQQ's codes stand for, as
-its own layer computes them in float16; what codes, scales and zero points take is computed from its settings.
+its own layer computes them in float16. ``stored.json`` in it says what the weights take as HQQ's layers hold them:
+packed codes, scales and zero points, and 16 bits for everything else.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 
 def stage(text: str) -> None:
@@ -40,6 +42,7 @@ def main() -> None:
 
     stage("compress")
     config = BaseQuantizeConfig(nbits=args.bits, group_size=args.group_size, axis=1)
+    stored = 2 * sum(parameter.numel() for parameter in model.parameters())  # tied ones count once
     for name, module in model.model.layers.named_modules():
         if isinstance(module, torch.nn.Linear):
             layer = HQQLinear(
@@ -48,10 +51,13 @@ def main() -> None:
             value = layer.dequantize()
             if value.shape != module.weight.shape or not value.isfinite().all():
                 raise SystemExit(f"{name}: HQQ gives {tuple(value.shape)} or values that are not finite")
+            parts = (layer.W_q, layer.meta["scale"], layer.meta["zero"])
+            stored += sum(part.numel() * part.element_size() for part in parts) - 2 * module.weight.numel()
             module.weight.data = value.float()
     stage("save")
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    (Path(args.out) / "stored.json").write_text(json.dumps({"weights_bytes": stored}))
 
 
 if __name__ == "__main__":

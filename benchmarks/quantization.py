@@ -1,4 +1,4 @@
-"""The quantization methods against each other: 4, 3 and 2 bits, rounded inputs, and whole files of three sizes.
+"""The quantization methods against each other: 4, 3 and 2 bits, and rounded inputs.
 
 Every arm is one recipe of ours on the same float32 folder, with the same calibration windows, evaluated as it is stored.
 Compared are the recipes that the targets name; the table shows all of them by true bytes, everything counted that is
@@ -12,8 +12,6 @@ from typing import Any
 
 from arms import Arm, benchmark, ours
 
-#: Megabytes of the whole file.
-SIZES = (105, 90, 75)
 COLLAPSED = 1e5  # perplexity of a model that knows nothing is that of its vocabulary, about 5e4
 HALF, GAP, FACTOR = 0.5, 0.95, 20.0
 G = "group_size=64"
@@ -57,19 +55,7 @@ FOUR_BIT_INPUTS = {
     "W4A4 per token os_plus": ours("os_plus:bits=4,input_bits=4,activation=token"),
     "W4A4 per token qllm": ours("qllm"),
 }
-BY_SIZE = {
-    f"{size} MB {name}": ours(*steps)
-    for size, recipes in {
-        105: {"mixed_bits": ["mixed_bits:average=5.6", f"gptq:{G}", "embedding"]},
-        90: {"mixed_bits": ["mixed_bits:average=4.5", f"gptq:{G}", "embedding"]},
-        75: {
-            "mixed_bits": ["mixed_bits:average=3.4", f"gptq:{G}", "embedding"],
-            "tables in 4 bits": ["mixed_bits:average=4.4", f"gptq:{G}", "embedding:bits=4"],
-        },
-    }.items()
-    for name, steps in recipes.items()
-}
-ARMS: dict[str, Arm] = {**_weights(4), **_weights(3), **_weights(2), **STATIC, **FOUR_BIT_INPUTS, **BY_SIZE}
+ARMS: dict[str, Arm] = {**_weights(4), **_weights(3), **_weights(2), **STATIC, **FOUR_BIT_INPUTS}
 
 
 def pairs(names: list[str]) -> list[tuple[str, str]]:

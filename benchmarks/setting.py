@@ -106,26 +106,57 @@ def evaluate_folders(
 
     A folder is loaded as :func:`frugallm.models.load` does it; a checkpoint is taken with the values that it reads.
     """
-    import torch
+    return Judge(setting, reference).evaluate(candidates)
 
-    from frugallm.evaluate import TextFacts, evaluate_all
-    from frugallm.models.open import open_checkpoint
-    from frugallm.text import evaluation_windows, leading_bos, open_text
 
-    torch.set_num_threads(setting.threads)
-    tokenizer = open_checkpoint(reference).tokenizer
-    text = open_text(setting.data / EVALUATION, "evaluate", tokenizer)
-    text = text.model_copy(update={"name": str(EVALUATION)})
-    windows = evaluation_windows(text, tokenizer, setting.windows, setting.window_length)
-    found = evaluate_all(
-        {name: str(one) if isinstance(one, Path) else one for name, one in candidates.items()},
-        str(reference),
-        windows,
-        text=TextFacts.of(text, windows),
-        bos=leading_bos(tokenizer) is not None,
-        tokenizer=tokenizer,
-    )
-    return {name: evaluation.model_copy(update={"against": MODEL}) for name, evaluation in found.items()}
+class Judge:
+    """The evaluator of all figures: the windows of a setting and what the reference makes of them.
+
+    Parameters
+    ----------
+    setting, reference
+        The setting, and the model before compression.
+    spare
+        If given, that many windows of the calibration text which nothing is calibrated with, as long as those that are:
+        what choices are made by. Otherwise the windows of the figures.
+    """
+
+    def __init__(self, setting: Setting, reference: Path, spare: int | None = None) -> None:
+        import torch
+
+        from frugallm.evaluate import TextFacts
+        from frugallm.evaluate.evaluation import Reference
+        from frugallm.models.open import open_checkpoint
+        from frugallm.text import calibration_windows, evaluation_windows, leading_bos, open_text
+
+        torch.set_num_threads(setting.threads)
+        self.tokenizer = open_checkpoint(reference).tokenizer
+        file = EVALUATION if spare is None else CALIBRATION
+        text = open_text(setting.data / file, "evaluate", self.tokenizer)
+        text = text.model_copy(update={"name": str(file)})
+        if spare is None:
+            windows = evaluation_windows(text, self.tokenizer, setting.windows, setting.window_length)
+        else:  # more of the same random order, the first of which are calibrated with
+            count = setting.samples + spare
+            drawn = calibration_windows(text, self.tokenizer, count, setting.seq_len, setting.seed)
+            windows = drawn[setting.samples :]
+        self.windows, self.text = windows, TextFacts.of(text, windows)
+        self.bos = leading_bos(self.tokenizer) is not None
+        self.reference = Reference(str(reference), windows, tokenizer=self.tokenizer)
+
+    def evaluate(self, candidates: Mapping[str, Path | Checkpoint]) -> dict[str, Evaluation]:
+        """Return one evaluation per candidate."""
+        from frugallm.evaluate import evaluate_all
+
+        found = evaluate_all(
+            {name: str(one) if isinstance(one, Path) else one for name, one in candidates.items()},
+            self.reference,
+            self.windows,
+            text=self.text,
+            bos=self.bos,
+            tokenizer=self.tokenizer,
+        )
+        return {name: one.model_copy(update={"against": MODEL}) for name, one in found.items()}
 
 
 def compare(ours: Evaluation, theirs: Evaluation, seed: int = 0) -> dict[str, Any]:
