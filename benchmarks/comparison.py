@@ -18,7 +18,12 @@ from readme_figures import ROOT, TARGETED, read, spaced, targets, write_or_check
 
 PAGE, PLOT = "comparison.md", "kl_size.svg"
 OURS, LLM_COMPRESSOR, HQQ, GGUF = "FrugalLM", "llm-compressor", "hqq", "GGUF"
+LLAMA_CPP, AUTO_ROUND = "llama.cpp", "AutoRound"
 COLORS = {OURS: "#1f6feb", LLM_COMPRESSOR: "#8250df", HQQ: "#bf8700", GGUF: "#1a7f37"}
+COLORS |= {LLAMA_CPP: "#cf222e", AUTO_ROUND: "#57606a"}
+#: The first word of a way to who made it.
+SIDES = {"frugallm": OURS, "llm-compressor": LLM_COMPRESSOR, "hqq": HQQ, "gguf": GGUF}
+SIDES |= {"llama.cpp": LLAMA_CPP, "autoround": AUTO_ROUND}
 #: Benchmark to what stands before the names of its arms.
 BENCHMARKS = {
     "gptq_vs_llmcompressor": "",
@@ -28,6 +33,8 @@ BENCHMARKS = {
     "llm_int8_vs_w8a8": "frugallm ",
     "pruning_vs_llmcompressor": "",
     "gguf_llama_cpp": "gguf ",
+    "quantization": "frugallm ",
+    "file_sizes": "",
 }
 #: Zeros are stored dense, so the bytes say nothing.
 UNSIZED = ("pruning_vs_llmcompressor",)
@@ -46,9 +53,8 @@ class Row:
 
 def side_of(name: str) -> str:
     """Return who made a folder, from the name of its arm."""
-    for word, side in (("frugallm", OURS), ("llm-compressor", LLM_COMPRESSOR), ("hqq", HQQ), ("gguf", GGUF)):
-        if name.startswith(word):
-            return side
+    if (word := name.split()[0]) in SIDES:
+        return SIDES[word]
     raise ValueError(f"nobody is known who made '{name}'")
 
 
@@ -86,6 +92,10 @@ def frontier(points: list[Row]) -> set[str]:
 
 
 GGUF_ROWS = "`gguf` rows are files written by `frugal export`; what llama.cpp computes from them stands under the targets."
+SIZED_ROWS = (
+    "`llama.cpp` rows are files that llama.cpp itself quantized, read by our evaluator with unrounded inputs; files for "
+    "llama.cpp hold the vocabulary as well (1.8 MB)."
+)
 
 
 def page(
@@ -107,6 +117,7 @@ def page(
         "embedding and scales in float32; its rows say so by their size. Pruned weights are stored dense: their rows have",
         "no size. **Bold**: nothing that is as small or smaller comes closer to the original.",
         *([GGUF_ROWS] if "gguf_llama_cpp" in found else []),
+        *([SIZED_ROWS] if "file_sizes" in found else []),
         "",
         f"![Divergence against bytes](../results/{PLOT})",
         "",
@@ -137,6 +148,8 @@ def page(
         "",
         *held,
     ]
+    if alone := found.get("file_sizes", {}).get("without_peer"):
+        lines += ["", f"No peer of so many bytes or up to 3 % more: {'; '.join(alone)}."]
     return "\n".join([*lines, ""])
 
 
@@ -193,7 +206,7 @@ def svg(points: list[Row]) -> str:
             parts.append(POINT.format(x=x, y=up(p.kl), after=x + 7, line=line, **look))
     sides = [side for side in COLORS if any(p.side == side for _, p in numbered)]
     for place, side in enumerate(sides):
-        x = LEFT + 20 + 160 * place
+        x = LEFT + 20 + min(160, (RIGHT - LEFT) // len(sides)) * place
         parts.append(LEGEND.format(x=x, after=x + 10, color=COLORS[side], name=side))
     return "\n".join([*parts, "</svg>\n"])
 

@@ -56,7 +56,7 @@ ENVIRONMENTS = {LLAMA_CPP: "llama_cpp", LLM_COMPRESSOR: "llmcompressor", HQQ: "h
 #: Bytes of the model's table (49,152 x 576), by bits: codes and bf16 scales; a rotated model has two.
 TABLES = {8: 28_409_856, 4: 15_040_512}
 #: What else is in a file: norms in bf16, names and places of its tensors.
-REST = 250_000
+REST = 300_000
 
 
 @dataclass(frozen=True)
@@ -92,24 +92,31 @@ def recipes(size: int) -> dict[str, tuple[str, ...]]:
 
 
 def _llama_cpp() -> dict[str, Arm]:
-    """Return types of llama.cpp that come near one of the sizes, with the table in the type that they leave room for."""
-    types = {
+    """Return types of llama.cpp that come near one of the sizes, with the table in the type that they leave room for.
+
+    All have an importance matrix; those that it offers by itself are there without one as well.
+    """
+    plain = {
         "Q5_0": ("Q5_0", "Q8_0"),
         "Q4_K_M": ("Q4_K_M", "Q8_0"),
-        "IQ4_NL, down in Q8_0": ("IQ4_NL", "Q8_0", "ffn_down=Q8_0"),
-        "IQ4_NL, down in Q8_0, table in Q4_0": ("IQ4_NL", "Q4_0", "ffn_down=Q8_0"),
         "Q4_0": ("Q4_0", "Q8_0"),
         "IQ4_NL": ("IQ4_NL", "Q8_0"),
-        "Q5_0, table in Q4_0": ("Q5_0", "Q4_0"),
         "Q4_0, table in Q4_0": ("Q4_0", "Q4_0"),
         "IQ4_NL, table in Q4_0": ("IQ4_NL", "Q4_0"),
+    }
+    composed = {
+        "IQ4_NL, down in Q8_0": ("IQ4_NL", "Q8_0", "ffn_down=Q8_0"),
+        "IQ4_NL, down in Q8_0, table in Q4_0": ("IQ4_NL", "Q4_0", "ffn_down=Q8_0"),
+        "Q5_0, table in Q4_0": ("Q5_0", "Q4_0"),
         "IQ4_NL, table in IQ4_NL": ("IQ4_NL", "IQ4_NL"),
         "Q3_K_S, table in Q5_0": ("Q3_K_S", "Q5_0"),
+        "Q3_K_M, table in Q4_0": ("Q3_K_M", "Q4_0"),
     }
     found = {}
-    for name, (kind, tables, *tensors) in types.items():
+    for name, (kind, tables, *tensors) in {**plain, **composed}.items():
         options = (f"--type={kind}", f"--tables={tables}", *(f"--tensor={one}" for one in tensors))
-        found[f"llama.cpp {name}"] = Arm(options)
+        if name in plain:
+            found[f"llama.cpp {name}"] = Arm(options)
         found[f"llama.cpp {name}, imatrix"] = Arm((*options, "--importance"))
     return found
 

@@ -108,6 +108,8 @@ WITH_VERDICTS = {
     "gguf_llama_cpp": "GGUF in llama.cpp: ",
     "gguf_families": "GGUF in llama.cpp: ",
     "vllm_handoff": "vLLM, ",
+    "quantization": "",
+    "file_sizes": "",
 }
 #: Results that say only whether their one target was met.
 WITH_ONE = {

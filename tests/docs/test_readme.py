@@ -270,9 +270,12 @@ def test_everything_is_compared_on_the_windows_that_all_have(comparison, tmp_pat
         },
         "gguf_llama_cpp": {"Q4_0": compared(3, 0.1, bytes=2 * 10**8)},
         "pruning_vs_llmcompressor": {"frugallm wanda": compared(3, 0.4, weights_bytes=3 * 10**8)},
+        "quantization": {"W3 gptq": compared(3, 0.5, weights_bytes=10**8)},
+        "file_sizes": {"llama.cpp Q4_0": compared(3, 0.6, weights_bytes=10**8)},
     }
     for name, arms in written.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps({"setting": setting, "arms": arms}))
+        alone = {"without_peer": ["75 MB: hqq"]} if name == "file_sizes" else {}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"setting": setting, "arms": arms} | alone))
     page, picture = comparison.made(tmp_path)
     assert "the first 3 windows" in page and "unquantized perplexity 1.65" in page
     lines = [line.split(" | ")[1:5] for line in page.splitlines() if re.match(r"\| \d", line)]
@@ -281,11 +284,14 @@ def test_everything_is_compared_on_the_windows_that_all_have(comparison, tmp_pat
         ["llm-compressor <b>", "100.0", "0.3000", "2.72"],
         ["gguf Q4_0", "200.0", "3.0667", "2.72"],
         ["frugallm wanda", "", "3.2667", "2.72"],
+        ["frugallm W3 gptq", "100.0", "3.3333", "2.72"],
+        ["llama.cpp Q4_0", "100.0", "3.4000", "2.72"],
     ]
+    assert "`llama.cpp` rows are" in page and "3 % more: 75 MB: hqq." in page
     circles = [e for e in ET.fromstring(picture).iter() if e.tag.endswith("circle") and len(e)]
     across = {e[0].text: float(e.get("cx")) for e in circles}
     assert across["frugallm a"] == across["llm-compressor <b>"] < across["gguf Q4_0"]
-    assert len(across) == 3
+    assert len(across) == 5
 
 
 def test_a_way_of_nobody_is_refused(comparison):
