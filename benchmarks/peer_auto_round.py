@@ -14,7 +14,8 @@ from pathlib import Path
 
 #: Its recipes: rounds of training per block, and the learning rate (``None``: one over the rounds).
 RECIPES = {"light": (50, 5e-3), "default": (200, None)}
-LAYOUT = "auto_round:auto_gptq"
+#: What it calls its layouts to what GPTQ calls them: symmetric grids store zero points less one, others as they are.
+LAYOUTS = {"auto_round:auto_gptq": "gptq", "auto_round": "gptq_v2"}
 
 
 def stage(text: str) -> None:
@@ -22,14 +23,18 @@ def stage(text: str) -> None:
 
 
 def call_it_gptq(folder: Path) -> None:
-    """Change the name of the quantization method; the tensors are what GPTQ's first version says."""
+    """Change the name of the quantization method to that of the layout in which the tensors are."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     settings = config["quantization_config"]
-    if settings.get("packing_format", LAYOUT) != LAYOUT:
-        raise SystemExit(f"AutoRound wrote {settings['packing_format']}, not {LAYOUT}")
+    if settings["packing_format"] not in LAYOUTS or settings.get("extra_config"):
+        raise SystemExit(f"AutoRound wrote what is not read here: {settings}")
     kept = {key: settings[key] for key in ("bits", "group_size", "sym")}
-    config["quantization_config"] = {"quant_method": "gptq", "checkpoint_format": "gptq", **kept}
+    config["quantization_config"] = {
+        "quant_method": "gptq",
+        "checkpoint_format": LAYOUTS[settings["packing_format"]],
+        **kept,
+    }
     file.write_text(json.dumps(config, indent=2))
     (folder / "quantization_config.json").unlink(missing_ok=True)
 
@@ -75,7 +80,7 @@ def main() -> None:
         enable_torch_compile=False,
         seed=0,
     )
-    tuned.quantize_and_save(args.out, format=LAYOUT)
+    tuned.quantize_and_save(args.out, format="auto_round")
     stage("save")
     [written] = [file.parent for file in Path(args.out).rglob("config.json")]
     if written != Path(args.out):  # it may put a folder of its own into the one asked for
