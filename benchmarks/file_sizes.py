@@ -1,7 +1,7 @@
 """Whole files of about 105, 90 and 75 MB: our best recipe without training against peers at no fewer bytes.
 
 Several recipes of ours meet each size. One of them is chosen by its KL on windows of the calibration text that nothing is
-calibrated with; the text of the figures is not looked at for that. A peer is held against it if its file is no smaller
+calibrated with; the others are never measured on the text of the figures. A peer is held against it if its file is no smaller
 and at most 3 % larger; where there is none of some toolkit, the result says so. Every toolkit is represented by its best
 file in range.
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +26,6 @@ from typing import TYPE_CHECKING, Any
 
 import peers
 import setting as common
-from arms import base_perplexity
 from harness import Measurement, facts, frugal, measure, table, write_result
 
 if TYPE_CHECKING:
@@ -57,6 +58,12 @@ ENVIRONMENTS = {LLAMA_CPP: "llama_cpp", LLM_COMPRESSOR: "llmcompressor", HQQ: "h
 TABLES = {8: 28_409_856, 4: 15_040_512}
 #: What else is in a file: norms in bf16, names and places of its tensors.
 REST = 300_000
+
+NOTES = {
+    "range": RANGE,
+    "choice": f"least KL on windows of {common.CALIBRATION} that nothing is calibrated with",
+    "autoround": "its light recipe: 50 rounds a block, learning rate 0.005",
+}
 
 
 @dataclass(frozen=True)
@@ -292,12 +299,14 @@ def choose(kl: Mapping[str, float], runs: Mapping[str, Any]) -> dict[int, str]:
 
 
 def in_range(ours: str, runs: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the toolkits with their arms that are no smaller than ours and at most 3 % larger."""
+    """Return the toolkits that ran with their arms that are no smaller than ours and at most 3 % larger."""
     least = runs[ours]["compared_bytes"]
-    found: dict[str, list[str]] = {toolkit: [] for toolkit in ENVIRONMENTS}
+    found: dict[str, list[str]] = {}
     for name, run in runs.items():
-        if ARMS[name].size is None and least <= run["compared_bytes"] <= (1 + RANGE) * least:
-            found[TOOLKITS[maker(name)]].append(name)
+        if ARMS[name].size is None:
+            arms = found.setdefault(TOOLKITS[maker(name)], [])
+            if least <= run["compared_bytes"] <= (1 + RANGE) * least:
+                arms.append(name)
     return found
 
 
@@ -334,20 +343,26 @@ def verdicts(
     return found, alone
 
 
-def show(
-    runs: Mapping[str, Any], evaluations: Mapping[str, Evaluation], kl: Mapping[str, float], base: float
-) -> str:
-    """Return the Markdown table of all arms, the smallest first."""
-    header = ["arm", "MB", "compared MB", "KL to choose by", "KL (nats/token)", "perplexity", "time (s)"]
-    rows = [["unquantized", "", "", "", "", f"{base:.2f}", ""]]
-    for name in sorted(runs, key=lambda one: runs[one]["compared_bytes"]):
+def show(runs: Mapping[str, Any], evaluations: Mapping[str, Evaluation], base: float) -> str:
+    """Return the Markdown table of what was evaluated, the smallest first."""
+    header = ["arm", "MB", "compared MB", "KL (nats/token)", "perplexity", "time (s)"]
+    rows = [["unquantized", "", "", "", f"{base:.2f}", ""]]
+    for name in sorted(evaluations, key=lambda one: runs[one]["compared_bytes"]):
         run, e = runs[name], evaluations[name]
         sizes = [f"{run[key] / 1e6:.2f}" for key in ("weights_bytes", "compared_bytes")]
-        by = f"{kl[name]:.4f}" if name in kl else ""
-        rows.append(
-            [name, *sizes, by, f"{e.kl.value:.4f}", f"{e.perplexity.value:.2f}", f"{run['seconds']:.0f}"]
-        )
+        figures = [f"{e.kl.value:.4f}", f"{e.perplexity.value:.2f}", f"{run['seconds']:.0f}"]
+        rows.append([name, *sizes, *figures])
     return table(header, rows)
+
+
+def show_choice(runs: Mapping[str, Any], kl: Mapping[str, float], chosen: Mapping[int, str]) -> str:
+    """Return the Markdown table of our recipes, the chosen ones in bold."""
+    rows = []
+    for name, found in kl.items():
+        words = f"**{name}**" if name in chosen.values() else name
+        size, limit = runs[name]["compared_bytes"] / 1e6, SIZES[ARMS[name].size or 0] / 1e6
+        rows.append([words, f"{size:.2f}", f"{limit:.2f}", f"{found:.4f}", f"{runs[name]['seconds']:.0f}"])
+    return table(["recipe", "MB", "at most", "KL to choose by (nats/token)", "time (s)"], rows)
 
 
 def main() -> None:
@@ -372,36 +387,32 @@ def main() -> None:
         place["files"] = {n: work / file_name(n) for n in names}
         runs = {n: run_arm(n, place, setting, resume=args.resume) for n in names}
         candidates = {n: place["files"][n] for n in names if ARMS[n].size is not None}
-        judge = common.Judge(setting, model, spare=args.choice_windows)
-        looked = evaluated(judge, candidates, work / "choice", resume=args.resume)
+        looked = {}
+        if candidates:
+            judge = common.Judge(setting, model, spare=args.choice_windows)
+            looked = evaluated(judge, candidates, work / "choice", resume=args.resume)
         kl = {n: one.kl.value for n, one in looked.items()}
         chosen = choose(kl, runs)
+        judged = {n: place["files"][n] for n in names if ARMS[n].size is None or n in chosen.values()}
         judge = common.Judge(setting, model)
-        evaluations = evaluated(judge, place["files"], work / "figures", resume=args.resume)
+        evaluations = evaluated(judge, judged, work / "figures", resume=args.resume)
     found, alone = verdicts(chosen, runs, evaluations)
-    base = base_perplexity(evaluations)
+    base = math.exp(statistics.fmean(judge.reference.nll))
     content = {
         "benchmark": "file_sizes",
         "facts": about,
         "setting": setting.facts()
-        | {
-            "choice": f"KL on {args.choice_windows} windows of {common.CALIBRATION} that nothing is calibrated with"
-        }
-        | {"largest_bytes_of_ours": SIZES, "range": RANGE},
+        | {"choice_windows": args.choice_windows, "largest_bytes_of_ours": SIZES}
+        | NOTES,
         "peer": {who: peers.versions(ENVIRONMENTS[who], python) for who, python in pythons.items()},
         "unquantized_perplexity": base,
-        "chosen": chosen,
-        "arms": {
-            n: runs[n]
-            | ({"choice_kl": kl[n]} if n in kl else {})
-            | {"evaluation": evaluations[n].model_dump(mode="json")}
-            for n in names
-        },
+        "recipes": {n: runs[n] | {"choice_kl": kl[n], "chosen": n in chosen.values()} for n in kl},
+        "arms": {n: runs[n] | {"evaluation": e.model_dump(mode="json")} for n, e in evaluations.items()},
         "verdicts": found,
         "without_peer": alone,
     }
     path = write_result("file_sizes", content)
-    print(f"\n{show(runs, evaluations, kl, base)}\n")
+    print(f"\n{show_choice(runs, kl, chosen)}\n\n{show(runs, evaluations, base)}\n")
     for text, verdict in found.items():
         print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
     for text in alone:
