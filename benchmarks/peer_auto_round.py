@@ -86,6 +86,7 @@ def main() -> None:
     if written != Path(args.out):  # it may put a folder of its own into the one asked for
         for file in written.iterdir():
             file.rename(Path(args.out) / file.name)
+        written.rmdir()
     call_it_gptq(Path(args.out))
 
 
