@@ -3,7 +3,7 @@
 Prints ``{"event": "stage", "text": …}`` lines on standard error, so that whoever started it can tell loading,
 compressing and saving apart. The folder it writes is dense float32 and holds the values that HQQ's codes stand for, as
 its own layer computes them in float16. ``stored.json`` in it says what the weights take as HQQ's layers hold them:
-packed codes, scales and zero points, and 16 bits for everything else.
+packed codes, and 16 bits for scales, zero points and everything else.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main() -> None:
             value = layer.dequantize()
             if value.shape != module.weight.shape or not value.isfinite().all():
                 raise SystemExit(f"{name}: HQQ gives {tuple(value.shape)} or values that are not finite")
-            parts = (layer.W_q, layer.meta["scale"], layer.meta["zero"])
-            stored += sum(part.numel() * part.element_size() for part in parts) - 2 * module.weight.numel()
+            halves = layer.meta["scale"].numel() + layer.meta["zero"].numel() - module.weight.numel()
+            stored += layer.W_q.numel() * layer.W_q.element_size() + 2 * halves
             module.weight.data = value.float()
     stage("save")
     model.save_pretrained(args.out)
