@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 #: Weights of a whole model in float32, once here and once in the process that verifies, and room to compute.
 BYTES_PER_WEIGHT_TO_VERIFY = 10
+#: Folder of the unfinished work in which the recipe without a step is compressed.
+SHARES = "shares"
 
 
 @dataclass
@@ -60,6 +62,7 @@ def run(
     windows: int = 8,
     evaluate: bool = True,
     verify: bool = True,
+    shares: bool = False,
     dtype: str = "bf16",
     device: str = "cpu",
     threads: int | None = None,
@@ -86,6 +89,8 @@ def run(
         Held-out text (``None``: the embedded one, smoke figures) and how many windows of 2048 tokens.
     evaluate, verify
         Measure quality and speed; load the result in a process of its own and compare.
+    shares
+        Measure what each step gives, by leaving it out: one more compression and evaluation a step.
     dtype
         Type of tensors that stay uncompressed: ``bf16``, ``fp16`` or ``fp32``.
     threads
@@ -110,6 +115,7 @@ def run(
     """
     progress = progress or Progress()
     _check_numbers(samples=samples, seq_len=seq_len, seed=seed, windows=windows, threads=threads)
+    _check_shares(shares, evaluate, windows)
     job, place = _prepare(
         model,
         steps,
@@ -130,11 +136,15 @@ def run(
 
     held_out = _held_out(job, eval_text, windows) if evaluate else None
     if not place.prepare(job, resume=resume, overwrite=overwrite):
-        progress.event("note", text=f"{place.out} is finished already")
+        finished = Report.from_json((place.out / MEASUREMENTS).read_text(encoding="utf-8"))
+        lacks = ", without the steps' shares: --overwrite it" if shares and not finished.shares else ""
+        progress.event("note", text=f"{place.out} is finished already{lacks}")
         progress.event("done", out=str(place.out), seconds=0.0)
-        return Report.from_json((place.out / MEASUREMENTS).read_text(encoding="utf-8"))
+        return finished
     try:
-        return _carry_out(job, place, held_out, verify=verify, resumed=resume, progress=progress)
+        return _carry_out(
+            job, place, held_out, verify=verify, shares=shares, resumed=resume, progress=progress
+        )
     except FrugalError as error:
         if error.status == FrugalError.status:  # bad input that only the work itself could find
             place.abandon()
@@ -146,6 +156,18 @@ def _check_numbers(**numbers: int | None) -> None:
         least = {"seed": 0, "seq_len": 2}.get(name, 1)
         if number is not None and not least <= number < 2**63:
             raise ParameterError(f"{name} must be {least} or more, in 63 bits; got {number}")
+
+
+def _check_shares(shares: bool, evaluate: bool, windows: int) -> None:
+    if shares and not evaluate:
+        raise ParameterError(
+            "the steps' shares are measured by evaluating, and nothing is to be evaluated",
+            "Leave out --no-evaluate, or --shares",
+        )
+    if shares and windows < 2:
+        raise ParameterError(
+            "the steps' shares need at least two evaluation windows; one has no interval", "Use --windows 8"
+        )
 
 
 def _prepare(
@@ -266,10 +288,12 @@ def _carry_out(
     held_out: tuple[Tensor, Any] | None,
     *,
     verify: bool,
+    shares: bool,
     resumed: bool,
     progress: Progress,
 ) -> Report:
     from frugallm.evaluate.memory import AnonymousPeak, available_bytes
+    from frugallm.evaluate.shares import measure_shares
     from frugallm.job import assemble, compress
     from frugallm.measure import Measured, measure_before_and_after
     from frugallm.report_files import write_report_files
@@ -293,6 +317,9 @@ def _carry_out(
         measured = measure_before_and_after(
             job, place, held_out, verify=verify, clock=clock, progress=progress
         )
+    if shares and held_out is not None and measured.after is not None:
+        with clock.phase("shares"):
+            measured.shares = measure_shares(job, place.path / SHARES, held_out[0], measured.after, progress)
     report = write_report_files(job, place, measured, clock, resumed=resumed)
     place.finish()
     progress.event("done", out=str(place.out), seconds=round(sum(clock.seconds.values()), 3))

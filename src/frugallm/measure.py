@@ -26,6 +26,7 @@ from frugallm.text import leading_bos
 
 if TYPE_CHECKING:
     from frugallm.compression import Clock
+    from frugallm.evaluate.shares import StepShare
 
 PROMPT = "What is the capital of France, and what is it known for?"
 ANSWER_TOKENS = 48
@@ -42,6 +43,7 @@ class Measured:
     after: Evaluation | None = None
     outside_before: dict[str, Any] = field(default_factory=dict)
     outside_after: dict[str, Any] = field(default_factory=dict)
+    shares: list[StepShare] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 

@@ -178,6 +178,7 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
         how_to_load=how_to_load(job, place.out),
         layers=[LayerError(**{k: facts[k] for k in ("name", "error", "baseline_error")}) for facts in layers],
         zeros={f["name"]: f["zeros"] / f["weights"] for f in all_layers if "zeros" in f},
+        shares=measured.shares,
         notes=notes,
     )
 

@@ -37,6 +37,13 @@ def run(
     eval_text: Annotated[str | None, typer.Option(metavar="TEXT", help="held-out text to measure on")] = None,
     windows: Annotated[int, typer.Option(metavar="N", help="evaluation windows of 2048 tokens")] = 8,
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="do not measure quality")] = False,
+    shares: Annotated[
+        bool,
+        typer.Option(
+            "--shares",
+            help="measure what each step gives by leaving it out; one more compression and evaluation a step",
+        ),
+    ] = False,
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="type of tensors that stay uncompressed")
     ] = "bf16",
@@ -76,6 +83,7 @@ def run(
                 eval_text=eval_text,
                 windows=windows,
                 evaluate=not no_evaluate,
+                shares=shares,
                 dtype=dtype,
                 device=device,
                 threads=threads,

@@ -59,6 +59,8 @@ class Bench:
     training
         Where methods that act while a model is trained are checked: small models of its own, not this one. On the same
         texts, if not given.
+    scratch
+        Existing folder in which results are written, one at a time; the system's folder for such things, if not given.
 
     Attributes
     ----------
@@ -80,6 +82,7 @@ class Bench:
         seed: int = 0,
         progress: Progress | None = None,
         training: TrainingBench | None = None,
+        scratch: Path | None = None,
     ) -> None:
         from frugallm.training.bench import TrainingBench
 
@@ -109,8 +112,9 @@ class Bench:
         self._progress = progress
         self._results: dict[str, Evaluation] = {}
         self._bits: dict[str, float] = {}
+        self._file_bits: dict[str, float] = {}
         self._reference: Reference | None = None
-        self._folder = tempfile.TemporaryDirectory(prefix="frugal-bench-")
+        self._folder = tempfile.TemporaryDirectory(prefix="frugal-bench-", dir=scratch)
 
     @property
     def model_name(self) -> str:
@@ -135,6 +139,7 @@ class Bench:
             try:
                 compressed = self._compress(self.checkpoint, steps, self.calibration, out)
                 self._bits[digest] = _stored_bits(out)
+                self._file_bits[digest] = _file_bits(out, self.checkpoint)
                 self._results[digest] = self._judge(" ".join(recipe.to_cli()), compressed)
             finally:
                 shutil.rmtree(out, ignore_errors=True)
@@ -148,6 +153,11 @@ class Bench:
         """Return the bits a weight of the linears that these steps compress, everything stored about them counted."""
         self.evaluate(*steps)
         return self._bits[Recipe(steps=steps).digest()]
+
+    def file_bits(self, *steps: Method) -> float:
+        """Return the bits a weight of the original that the whole files take after these steps."""
+        self.evaluate(*steps)
+        return self._file_bits[Recipe(steps=steps).digest()]
 
     def kl_of(self, name: str, model: Any) -> float:
         """Return the mean KL (nats/token) to the original of a model or folder made by other means."""
@@ -259,6 +269,13 @@ def _stored_bits(out: Path) -> float:
     return reader(out).bits_per_weight() if settings else math.nan
 
 
+def _file_bits(out: Path, original: Checkpoint) -> float:
+    """Return the bits of all weight files in the folder ``out`` over the original's weights; NaN if there are none."""
+    files = [path.stat().st_size for path in out.glob("*.safetensors")]
+    weights = sum(math.prod(original.shape(name)) for name in original.names())
+    return 8 * sum(files) / weights if files else math.nan
+
+
 def compress_for_evaluation(
     checkpoint: Checkpoint,
     steps: Sequence[Method],
@@ -266,34 +283,49 @@ def compress_for_evaluation(
     out: Path,
     *,
     in_memory: bool = False,
+    seed: int = 0,
+    stored: torch.dtype = torch.bfloat16,
+    hidden_limit: int | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Do what the main job does, as far as the folder is written; return what loads and holds its values.
 
     That is the folder where plain ``transformers`` loads it, otherwise, and with ``in_memory``, a plain model.
+
+    Parameters
+    ----------
+    calibration
+        Token ids ``(samples, length)``; without any, steps that read text are refused.
+    seed, stored, hidden_limit
+        Of the job: every random choice, the type of uncompressed tensors, bytes of hidden states in memory.
+    progress
+        Where to report the events of compressing.
     """
     from frugallm.compress.plan import make_plan
     from frugallm.compress.prepare import prepared
     from frugallm.formats.engines import loads_in_transformers
     from frugallm.formats.stored import model_in_memory
     from frugallm.job import Job, Workplace, assemble, compress, needs_text
+    from frugallm.walk.hidden import HIDDEN_LIMIT
 
-    original, checkpoint = checkpoint, prepared(steps, checkpoint, 0)
+    original, checkpoint = checkpoint, prepared(steps, checkpoint, seed)
     plan = make_plan(tuple(steps), checkpoint)
     job = Job(
         checkpoint=checkpoint,
         recipe=Recipe(steps=tuple(steps)),
         plan=plan,
-        windows=calibration if needs_text(plan) else None,
+        windows=calibration if len(calibration) and needs_text(plan) else None,
         text=None,
-        seed=0,
-        stored=torch.bfloat16,
+        seed=seed,
+        stored=stored,
         fast=fast_dtype(),
         threads=torch.get_num_threads(),
+        hidden_limit=HIDDEN_LIMIT if hidden_limit is None else hidden_limit,
         original=original,
     )
     place = Workplace(out)
     place.prepare(job, resume=False, overwrite=True)
-    job = compress(job, place, Progress())
+    job = compress(job, place, progress or Progress())
     assemble(job, place)
     by_folder = loads_in_transformers(job.plan) and not in_memory
     result = out if by_folder else model_in_memory(place.stored(job))

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from frugallm.errors import DataError
 from frugallm.evaluate.evaluation import Evaluation, TextFacts
+from frugallm.evaluate.shares import StepShare
 from frugallm.evaluate.speed import Rate
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ class Report(BaseModel):
         Errors by linear, in order of the model.
     zeros
         Share of zeros by linear, of those that were pruned.
+    shares
+        What comes of the recipe without each of its steps, in order, where that was measured.
     notes
         What else a reader must know.
     """
@@ -134,6 +137,7 @@ class Report(BaseModel):
     how_to_load: dict[str, str] = {}
     layers: list[LayerError] = []
     zeros: dict[str, float] = {}
+    shares: list[StepShare] = []
     notes: list[str] = []
 
     def to_json(self) -> str:

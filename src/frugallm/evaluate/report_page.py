@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from frugallm.evaluate.figures import change, figure
 from frugallm.evaluate.report_plots import plots
-from frugallm.evaluate.report_table import SMOKE, facts, remarks, rows
+from frugallm.evaluate.report_table import (
+    SHARE_HEADS,
+    SHARES_EXPLAINED,
+    SMOKE,
+    facts,
+    remarks,
+    rows,
+    share_rows,
+)
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -34,6 +42,7 @@ def page(report: Report) -> str:
         changed=any(row.change for row in table),
         tiles=tiles(report),
         plots=[{"title": t, "text": x, "html": _html(f, first=not i)} for i, (t, x, f) in enumerate(drawn)],
+        shares={"heads": SHARE_HEADS, "text": SHARES_EXPLAINED, "rows": share_rows(report)},
         facts=facts(report),
         remarks=remarks(report),
         smoke=SMOKE if report.text is not None and report.text.smoke else "",

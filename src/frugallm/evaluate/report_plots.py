@@ -41,6 +41,8 @@ def plots(report: Report) -> list[tuple[str, str, Figure]]:
                 ),
             )
         )
+    if any(step.share is not None for step in report.shares):
+        found.append(_shares(report))
     if report.layers:
         found.append(_layers(report))
     return found
@@ -78,16 +80,7 @@ def _cost(models: list[ModelFacts], pick: Any, axis: str) -> Figure:
     sizes = [(m.file_bytes or 0) / 1e6 for m in models]
     for position, (model, size) in enumerate(zip(models, sizes, strict=True)):
         found: Measure = pick(model)
-        bars = None
-        if found.low is not None and found.high is not None:
-            bars = {
-                "type": "data",
-                "symmetric": False,
-                "array": [found.high - found.value],
-                "arrayminus": [found.value - found.low],
-                "thickness": 1.5,
-                "width": 5,
-            }
+        bars = _error_bars([found])
         color = BEFORE if model.role == "before" else COLORS[(position - 1) % len(COLORS)]
         figure.add_trace(
             Scatter(
@@ -104,6 +97,49 @@ def _cost(models: list[ModelFacts], pick: Any, axis: str) -> Figure:
     figure.update_xaxes(range=[0, 1.12 * max(sizes)])
     figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def _error_bars(measures: list[Measure]) -> dict[str, Any] | None:
+    """Return the intervals of some measures; ``None`` if one of them is unknown."""
+    ends = [(m.value, m.low, m.high) for m in measures if m.low is not None and m.high is not None]
+    if len(ends) < len(measures):
+        return None
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [high - value for value, _, high in ends],
+        "arrayminus": [value - low for value, low, _ in ends],
+        "thickness": 1.5,
+        "width": 5,
+    }
+
+
+def _shares(report: Report) -> tuple[str, str, Figure]:
+    """Draw how much KL divergence each step takes away, the first step on top."""
+    from plotly.graph_objects import Bar
+
+    measured = [(step.step, step.share) for step in report.shares if step.share is not None]
+    measures = [share for _, share in measured]
+    figure = _figure("KL divergence (nats/token)", "")
+    figure.add_trace(
+        Bar(
+            x=[share.value for share in measures],
+            y=[f"{number}. {_plain(step)}" for number, (step, _) in enumerate(measured, 1)],
+            orientation="h",
+            error_x=_error_bars(measures),
+            marker={"color": [COLORS[0] if share.value >= 0 else COLORS[1] for share in measures]},
+            width=0.55,
+            hovertemplate="%{y}<br>%{x:.4g} nats/token<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed", showgrid=False)
+    figure.update_layout(height=110 + 56 * len(measured), margin={"b": 56}, showlegend=False)
+    return (
+        "What each step gives",
+        "KL divergence from the original without the step, less that of the whole recipe; bars are 95 % intervals. "
+        "To the left of zero a step does harm.",
+        figure,
+    )
 
 
 def _layers(report: Report) -> tuple[str, str, Figure]:

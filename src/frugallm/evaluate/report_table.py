@@ -11,6 +11,7 @@ from frugallm.evaluate.figures import UNKNOWN, bare, change, figure
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from frugallm.evaluate.bootstrap import Measure
     from frugallm.evaluate.report import ModelFacts, Report
 
 SMOKE = "smoke figure"
@@ -80,6 +81,53 @@ def _verdicts(report: Report) -> Row:
         cells.append("original" if model.role == "before" and verdict else verdict or UNKNOWN)
     judged = any(m.role == "after" and m.quality is not None and m.quality.verdict for m in report.models)
     return Row("verdict", tuple(cells) if judged else (UNKNOWN,) * len(cells), "", "quality")
+
+
+#: Heads of :func:`share_rows`, but for the first column.
+SHARE_HEADS = (
+    "in its place",
+    "KL divergence, nats/token",
+    "KL that the step takes away",
+    "perplexity",
+    "whole file, bits/weight",
+)
+SHARES_EXPLAINED = (
+    "The recipe was compressed and evaluated once more without each step, on the same windows and with the same seed. "
+    "Where a step rounds or prunes, its plain form took its place, so that the result keeps its form. Below zero a step "
+    "does harm; shares need not add up."
+)
+
+
+def share_rows(report: Report) -> list[Row]:
+    """Return the table of the steps' shares, the whole recipe first; empty if they were not measured."""
+    whole = next((m for m in report.models if m.role == "after"), None)
+    if not report.shares or whole is None or whole.quality is None:
+        return []
+    found = [
+        _share_row("whole recipe", "", whole.quality.kl, None, whole.quality.perplexity, whole.whole_bits)
+    ]
+    for share in report.shares:
+        instead = f"not measured: {share.reason}" if share.reason else " ".join(share.instead) or "nothing"
+        found.append(
+            _share_row(
+                f"without {share.step}", instead, share.kl, share.share, share.perplexity, share.whole_bits
+            )
+        )
+    return found
+
+
+def _share_row(
+    label: str,
+    instead: str,
+    kl: Measure | None,
+    share: Measure | None,
+    perplexity: Measure | None,
+    bits: float | None,
+) -> Row:
+    measures = [
+        figure(m.value, "", m.low, m.high) if m is not None else UNKNOWN for m in (kl, share, perplexity)
+    ]
+    return Row(label, (instead, *measures, bare(figure(bits, "bits/weight"), "bits/weight")))
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
@@ -166,6 +214,7 @@ def markdown(report: Report) -> str:
     for row in table:
         cells = [row.label, *row.cells] + ([row.change] if changed else [])
         lines.append("| " + " | ".join(map(_cell, cells)) + " |")
+    lines += _shares_markdown(report)
     if any(model.answer for model in report.models):
         lines += ["", "## The same question", "", f"> {_cell(report.prompt)}"]
         for model in report.models:
@@ -179,6 +228,15 @@ def markdown(report: Report) -> str:
     if remarks(report):
         lines += ["", *(f"- Note: {_cell(note)}" for note in remarks(report))]
     return "\n".join(lines) + "\n"
+
+
+def _shares_markdown(report: Report) -> list[str]:
+    table = share_rows(report)
+    if not table:
+        return []
+    lines = ["", "## What each step gives", "", SHARES_EXPLAINED, "", "| | " + " | ".join(SHARE_HEADS) + " |"]
+    lines.append("| --- | --- |" + " ---: |" * (len(SHARE_HEADS) - 1))
+    return lines + ["| " + " | ".join(map(_cell, (row.label, *row.cells))) + " |" for row in table]
 
 
 def _cell(text: str) -> str:
