@@ -97,6 +97,14 @@ def test_weights_that_are_no_numbers_wherever_they_are_found(name, value, job, c
     assert "model/model.safetensors" in line
 
 
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [("--no-evaluate", "nothing is to be evaluated"), ("--windows=1", "at least two evaluation windows")],
+)
+def test_shares_that_cannot_be_measured(more, says, job, capsys):
+    refused(job.command("--shares", more), capsys, says)
+
+
 def test_weights_that_are_no_numbers_do_not_take_resumed_work_along(job, capsys):
     from frugallm.conformance.block_methods import Killed, KilledAfter
 

@@ -28,7 +28,7 @@ def test_every_option_reaches_the_library(job, capsys):
     line = (
         "run m rtn:bits=3 embedding --out d --resume --overwrite --text t --samples 4 --seq-len 64 --seed 7"
     )
-    line += " --eval-text e --windows 2 --no-evaluate --dtype fp16 --device cuda --threads 2 --progress none"
+    line += " --eval-text e --windows 2 --no-evaluate --shares --dtype fp16 --device cuda --threads 2 --progress none"
     assert main(line.split()) == 0
     assert job.model == "m"
     assert job.recipe.to_cli() == ["rtn:bits=3", "embedding"]
@@ -41,7 +41,14 @@ def test_every_option_reaches_the_library(job, capsys):
         "samples": "4",
         "seq_len": "64",
     }
-    expected |= {"seed": "7", "eval_text": "e", "windows": "2", "evaluate": "False", "dtype": "fp16"}
+    expected |= {
+        "seed": "7",
+        "eval_text": "e",
+        "windows": "2",
+        "evaluate": "False",
+        "shares": "True",
+        "dtype": "fp16",
+    }
     assert given == expected | {"device": "cuda", "threads": "2"}
     assert "the | table" in capsys.readouterr().out
 

@@ -13,6 +13,7 @@ from frugallm.evaluate.bootstrap import Measure
 from frugallm.evaluate.figures import change, figure
 from frugallm.evaluate.report import JobFacts, LayerError, ModelFacts, Report, merge
 from frugallm.evaluate.report_plots import plots
+from frugallm.evaluate.shares import StepShare
 from frugallm.evaluate.speed import Rate
 
 
@@ -198,6 +199,48 @@ def test_plots_show_the_figures_with_their_intervals():
     bare = report().model_copy(update={"layers": [], "models": report().models[:1]})
     assert plots(bare) == []
     assert "plotly" not in bare.to_html().lower()
+
+
+def with_shares():
+    def measured(value):
+        return Measure(value=value, low=value - 0.01, high=value + 0.01)
+
+    figures = {"kl": measured(0.834), "share": measured(0.7), "perplexity": measured(31.5), "whole_bits": 6.7}
+    harmful = figures | {"kl": measured(0.114), "share": measured(-0.02)}
+    shares = [
+        StepShare(step="os_plus", instead=["inputs:scale=static"], **figures),
+        StepShare(step="lorc", **harmful),
+        StepShare(step="rtn", reason="it is <plain> | itself"),
+        StepShare(step="awq", **figures | {"kl": Measure(value=math.nan), "share": Measure(value=math.nan)}),
+    ]
+    return report().model_copy(update={"shares": shares})
+
+
+def test_shares_of_steps_stand_beside_the_whole_recipe():
+    text = with_shares().to_markdown()
+    assert "| whole recipe |  | 0.1340 (0.1206 to 0.1474) | – | 20.12 (18.11 to 22.14) | – |" in text
+    assert (
+        "| without os_plus | inputs:scale=static | 0.8340 (0.8240 to 0.8440) | 0.7000 (0.6900 to 0.7100) |"
+        in text
+    )
+    assert "| without lorc | nothing | 0.1140 (0.1040 to 0.1240) | -0.02000 (-0.03000 to -0.01000) |" in text
+    assert "| without rtn | not measured: it is <plain> \\| itself | – | – | – | – |" in text
+    assert "| without awq | nothing | not finite | not finite |" in text
+    again = Report.from_json(with_shares().to_json()).shares
+    assert again[:3] == with_shares().shares[:3] and math.isnan(again[3].share.value)
+
+
+def test_the_page_shows_shares_as_a_table_and_a_plot():
+    html = with_shares().to_html()
+    page = Page()
+    page.feed(html)
+    lines = [line for line in with_shares().to_markdown().splitlines() if line.startswith("|")]
+    assert page.tags.count("table") == 2 and page.tags.count("tr") == len(lines) - 2
+    assert "-0.02000" in html and "it is &lt;plain&gt; | itself" in html
+    [bars] = {title: figure for title, _, figure in plots(with_shares())}["What each step gives"].data
+    assert list(bars.x) == [0.7, -0.02] and list(bars.y) == ["1. os_plus", "2. lorc"]
+    assert list(bars.error_x.array) == pytest.approx([0.01, 0.01])
+    assert bars.marker.color[0] != bars.marker.color[1]
 
 
 def test_merging_keeps_one_original_and_refuses_other_texts():

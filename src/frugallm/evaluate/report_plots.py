@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,11 @@ def plots(report: Report) -> list[tuple[str, str, Figure]]:
                 ),
             )
         )
-    if any(step.share is not None for step in report.shares):
-        found.append(_shares(report))
+    shares = [
+        (s.step, s.share) for s in report.shares if s.share is not None and math.isfinite(s.share.value)
+    ]
+    if shares:
+        found.append(_shares(shares))
     if report.layers:
         found.append(_layers(report))
     return found
@@ -114,11 +118,10 @@ def _error_bars(measures: list[Measure]) -> dict[str, Any] | None:
     }
 
 
-def _shares(report: Report) -> tuple[str, str, Figure]:
+def _shares(measured: list[tuple[str, Measure]]) -> tuple[str, str, Figure]:
     """Draw how much KL divergence each step takes away, the first step on top."""
     from plotly.graph_objects import Bar
 
-    measured = [(step.step, step.share) for step in report.shares if step.share is not None]
     measures = [share for _, share in measured]
     figure = _figure("KL divergence (nats/token)", "")
     figure.add_trace(
