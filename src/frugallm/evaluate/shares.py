@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from frugallm.errors import ParameterError, RecipeError
+from frugallm.errors import FrugalError
 from frugallm.evaluate.bootstrap import Measure, measure
 from frugallm.progress import Progress
 
@@ -105,7 +105,7 @@ def measure_shares(
             progress.event("stage", text=f"leaving out {name} (step {index + 1} of {len(names)})")
             try:
                 found.append(_share(bench, job, index, name, whole))
-            except (RecipeError, ParameterError) as error:
+            except FrugalError as error:  # the result itself is finished, and stays
                 found.append(StepShare(step=name, reason=error.message))
     shutil.rmtree(scratch)
     return found
