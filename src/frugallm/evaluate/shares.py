@@ -116,12 +116,12 @@ def _share(bench: Bench, job: Job, index: int, name: str, whole: Evaluation) -> 
 
     left = leave_out(job.recipe.steps, index, job.given, job.seed, job.plan.schemes())
     without = bench.evaluate(*left.steps)
-    difference = torch.tensor(without.kl_per_window).double() - torch.tensor(whole.kl_per_window).double()
+    with_it, without_it = (torch.tensor(e.kl_per_window, dtype=torch.float64) for e in (whole, without))
     return StepShare(
         step=name,
         instead=[_written(step) for step in left.instead],
         kl=without.kl,
-        share=measure(difference, "nats/token", job.seed),
+        share=measure(without_it - with_it, "nats/token", job.seed),
         perplexity=without.perplexity,
         whole_bits=bench.file_bits(*left.steps),
     )
