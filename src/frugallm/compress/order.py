@@ -1,9 +1,16 @@
-"""Which steps of a recipe may come after which, and on which linears."""
+"""Which steps of a recipe may come after which, and on which linears; and what they must find there."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from frugallm.compress.contract import BlockMethod, matches
 from frugallm.errors import ParameterError, RecipeError
+from frugallm.walk.statistics import PAIRED
+
+if TYPE_CHECKING:
+    from frugallm.compress.plan import Plan
+    from frugallm.models.checkpoint import Checkpoint
 
 
 def check_patterns(step: BlockMethod, names: list[str]) -> None:
@@ -67,3 +74,34 @@ def _conflict(step: BlockMethod, earlier: BlockMethod, shared: str | None) -> tu
     if shared and step.prunes and rounded:
         return f"{shared} is rounded by then, and its zeros would be chosen among rounded weights", swap
     return None
+
+
+def check_training(plan: Plan) -> None:
+    """Refuse a step that trains blocks where there is nothing to train, or nothing between codes."""
+    for step in plan.reconstructions:
+        for name, linear in plan.linears.items():
+            grid = linear.scheme.weights.grid
+            if step.touches(name) and grid == "olive":
+                raise RecipeError(
+                    f"{step.name()} trains weights between codes, and there is nothing between pairs, as in {name}",
+                    "Use a step that rounds to numbers, or skip those linears",
+                )
+        if not any(step.touches(name) for name in plan.linears):
+            raise RecipeError(
+                f"{step.name()} finds no rounded linear to train", "Put a step that rounds before it"
+            )
+
+
+def check_comparing(plan: Plan, checkpoint: Checkpoint) -> None:
+    """Refuse statistics that compare both models where these send other tokens to an expert."""
+    for index in range(checkpoint.config.num_hidden_layers if plan.reads_original else 0):
+        for sub in checkpoint.family.graph(checkpoint.config, index):
+            for site in sub.outputs if sub.routed else ():
+                name = f"{checkpoint.family.block(index)}.{site.name}"
+                work = plan.work(name)
+                if work is not None and work.needs & PAIRED.keys():
+                    raise RecipeError(
+                        f"{work.steps[-1].name()} compares inputs with those of the original model, which sends other "
+                        f"tokens to the expert of {name}",
+                        f"Skip *.{site.name.rpartition('.')[2]} there, or use another step for them",
+                    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from frugallm.compress.contract import GROUP_SIZES, BlockMethod, PrepareMethod, TableMethod
-from frugallm.compress.order import check_order, check_patterns
+from frugallm.compress.order import check_comparing, check_order, check_patterns, check_training
 from frugallm.compress.prepare import check_first, rotate_inputs
 from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.errors import RecipeError
@@ -265,38 +265,9 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
         choosers,
         tuple(s for s in blocks if s.reconstructs),
     )
-    _check_training(plan)
-    _check_comparing(plan, checkpoint)
+    check_training(plan)
+    check_comparing(plan, checkpoint)
     return plan
-
-
-def _check_training(plan: Plan) -> None:
-    for step in plan.reconstructions:
-        for name, linear in plan.linears.items():
-            grid = linear.scheme.weights.grid
-            if step.touches(name) and grid == "olive":
-                raise RecipeError(
-                    f"{step.name()} trains weights between codes, and there is nothing between pairs, as in {name}",
-                    "Use a step that rounds to numbers, or skip those linears",
-                )
-        if not any(step.touches(name) for name in plan.linears):
-            raise RecipeError(
-                f"{step.name()} finds no rounded linear to train", "Put a step that rounds before it"
-            )
-
-
-def _check_comparing(plan: Plan, checkpoint: Checkpoint) -> None:
-    for index in range(checkpoint.config.num_hidden_layers if plan.reads_original else 0):
-        for sub in checkpoint.family.graph(checkpoint.config, index):
-            for site in sub.outputs if sub.routed else ():
-                name = f"{checkpoint.family.block(index)}.{site.name}"
-                work = plan.work(name)
-                if work is not None and work.needs & PAIRED.keys():
-                    raise RecipeError(
-                        f"{work.steps[-1].name()} compares inputs with those of the original model, which sends other "
-                        f"tokens to the expert of {name}",
-                        f"Skip *.{site.name.rpartition('.')[2]} there, or use another step for them",
-                    )
 
 
 def _modules(linears: Iterable[str], family: Family) -> Modules:
