@@ -8,9 +8,10 @@ from shapes import moment, random_weight
 
 from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.compress.prune.unstructured.sparsegpt import SparseGPT
+from frugallm.compress.quantize.cholesky import inverse_factor
 from frugallm.compress.quantize.gptq import GPTQ
 from frugallm.compress.quantize.grids import fit
-from frugallm.compress.quantize.solvers import compensate, inverse_factor, proxy_loss, prune_and_compensate
+from frugallm.compress.quantize.solvers import compensate, proxy_loss, prune_and_compensate
 from frugallm.formats.quantized_tensor import WeightScheme
 
 HALF = Sparsity(share=0.5)

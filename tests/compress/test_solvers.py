@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import moment, random_weight
 
+from frugallm.compress.quantize.cholesky import inverse_factor
 from frugallm.compress.quantize.grids import encode, fit
-from frugallm.compress.quantize.solvers import compensate, inverse_factor, proxy_loss
+from frugallm.compress.quantize.solvers import compensate, proxy_loss
 from frugallm.formats.quantized_tensor import WeightScheme
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from frugallm.compress.prune.unstructured.masks import Sparsity, lowest
-from frugallm.compress.quantize.solvers import damp_diagonal, inverse_factor
+from frugallm.compress.quantize.cholesky import damp_diagonal, inverse_factor
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 
 #: Entries of the inverses that are held at once.
@@ -48,7 +48,7 @@ def quantize_greedily(
     scale, zero
         Grid parameters ``(out, groups)``; zero points are whole.
     damp
-        As in :func:`~frugallm.compress.quantize.solvers.inverse_factor`.
+        As in :func:`~frugallm.compress.quantize.cholesky.inverse_factor`.
     pruned
         Entries, bool ``(out, in)``, that are zero and stay zero: they are taken out of ``H`` before anything is rounded.
     order
