@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -14,7 +13,7 @@ from typing import Any
 
 import peers
 import setting as common
-from harness import GIB, Measurement, facts, frugal, measure, spread, table, write_result
+from harness import GIB, Measurement, facts, frugal, measure, show_verdicts, spread, table, write_result
 
 HERE = Path(__file__).parent
 
@@ -183,13 +182,12 @@ def benchmark(
     fact
         More facts about a folder.
     """
-    parser = argparse.ArgumentParser(description=about)
-    common.add_options(parser)
+    parser = common.options(about)
     peers.add_option(parser)
     parser.add_argument("--repeats", type=int, default=2, help="runs of each timed arm")
     args = parser.parse_args()
     known = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    setting = common.given(args)
     names = common.pick(list(arms), args.only)
     theirs_too = any(not arms[n].ours for n in names)
     python = peers.peer_python("llmcompressor", args.envs) if theirs_too else Path()
@@ -216,9 +214,7 @@ def benchmark(
     }
     path = write_result(name, content)
     print(f"\n{show(arms, runs, evaluations)}\n")
-    for text, verdict in found.items():
-        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
-    print(f"\nWritten to {path}.")
+    show_verdicts(found, path)
 
 
 def base_perplexity(evaluations: dict[str, Any]) -> float:

@@ -10,7 +10,6 @@ does neither. What the first alone does is measured too: our own evaluation and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 
 import peers
 import setting as common
-from harness import GIB, Measurement, facts, frugal, measure, table, write_result
+from harness import GIB, Measurement, facts, frugal, measure, show_verdicts, table, write_result
 
 HERE = Path(__file__).parent
 MOST_DIFFERENCE = 0.005  # of the perplexity
@@ -248,12 +247,11 @@ def show(arms: dict[str, Any], compared: dict[str, Any], evaluations: dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
+    parser = common.options(__doc__)
     peers.add_option(parser)
     args = parser.parse_args()
     about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    setting = common.given(args)
     names = common.pick(list(ARMS), args.only)
     python = peers.peer_python("llama_cpp", args.envs)
     with common.kept_folder(args.work) as work:
@@ -278,9 +276,7 @@ def main() -> None:
     }
     path = write_result("gguf_llama_cpp", content)
     print(f"\n{show(arms, compared, evaluations)}\n")
-    for text, verdict in content["verdicts"].items():
-        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
-    print(f"\nWritten to {path}.")
+    show_verdicts(content["verdicts"], path)
 
 
 if __name__ == "__main__":

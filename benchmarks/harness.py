@@ -6,12 +6,13 @@ import datetime
 import json
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,9 +225,34 @@ def _sample(process: subprocess.Popen[str], reader: _EventReader) -> tuple[int, 
     return anonymous_peak, resident_peak, main_peak
 
 
+def run_once(out: Path, name: str, make: Callable[[], dict[str, Any]], *, resume: bool) -> dict[str, Any]:
+    """Return what making the folder ``out`` took, in which ``seconds`` is one fact; it is kept beside the folder.
+
+    With ``resume``, a folder that is there with what it took is not made again.
+    """
+    record = out.with_suffix(".run.json")
+    if resume and record.is_file() and (out / "config.json").is_file():
+        return json.loads(record.read_text())
+    shutil.rmtree(out, ignore_errors=True)
+    found = make()
+    record.write_text(json.dumps(found))
+    print(f"{name}: {found['seconds']:.0f} s", flush=True)
+    return found
+
+
 def frugal(*arguments: str | Path) -> list[str]:
     """Return the command line of ``frugal`` of the environment that runs the benchmark."""
     return [str(Path(sys.executable).with_name("frugal")), *(str(part) for part in arguments)]
+
+
+def run_step(model: Path, step: str, out: Path, options: Sequence[str], threads: int) -> dict[str, Any]:
+    """Compress ``model`` with one step in a process of its own; return what that took."""
+    run = measure(frugal("run", model, step, "--out", out, *options), threads=threads)
+    return {
+        "seconds": run.seconds,
+        "peak_anonymous_bytes": run.peak_anonymous_bytes,
+        "weights_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
+    }
 
 
 def spread(values: Sequence[float], unit: str) -> dict[str, Any]:
@@ -275,6 +301,13 @@ def write_result(name: str, content: Mapping[str, Any], folder: Path = RESULTS) 
     path = target / f"{name}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return path
+
+
+def show_verdicts(verdicts: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Print which targets are met, and where the result lies."""
+    for text, verdict in verdicts.items():
+        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
+    print(f"\nWritten to {path}.")
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

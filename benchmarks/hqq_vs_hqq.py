@@ -7,18 +7,15 @@ held against the better of these. The peer's folder is dense and holds the value
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import shutil
-import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import peers
 import setting as common
-from harness import facts, frugal, measure, table, write_result
+from arms import base_perplexity
+from harness import facts, frugal, measure, run_once, show_verdicts, table, write_result
 
 HERE = Path(__file__).parent
 GROUP = 64
@@ -79,14 +76,26 @@ def verdicts(chosen: dict[str, Arm], evaluations: dict[str, Any]) -> dict[str, A
     return found
 
 
+def made(arm: Arm, place: dict[str, Path], out: Path, setting: common.Setting) -> dict[str, Any]:
+    """Make the folder of an arm; return what it took."""
+    run = measure(command(arm, place, out, setting), threads=setting.threads)
+    return {
+        "step": arm.step,
+        "options": list(arm.options),
+        "bits_per_weight": arm.bits_per_weight,
+        "seconds": run.seconds,
+        "compress_seconds": run.stage_seconds("compressing" if arm.step else "compress"),
+        "peak_anonymous_bytes": run.peak_anonymous_bytes,
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
+    parser = common.options(__doc__)
     peers.add_option(parser)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3], choices=(2, 3, 4, 8))
     args = parser.parse_args()
     about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    setting = common.given(args)
     every = {name: arm for bits in args.bits for name, arm in arms(bits).items()}
     chosen = {name: every[name] for name in common.pick(list(every), args.only)}
     python = peers.peer_python("hqq", args.envs)
@@ -95,25 +104,11 @@ def main() -> None:
         place = {"python": python, "model": common.dense_folder(Path(work) / "dense")}
         folders = {name: Path(work) / name.replace(" ", "-").replace(",", "") for name in chosen}
         for name, arm in chosen.items():
-            record = folders[name].with_suffix(".run.json")
-            if args.resume and record.is_file() and (folders[name] / "config.json").is_file():
-                runs[name] = json.loads(record.read_text())
-                continue
-            shutil.rmtree(folders[name], ignore_errors=True)
-            run = measure(command(arm, place, folders[name], setting), threads=setting.threads)
-            runs[name] = {
-                "step": arm.step,
-                "options": list(arm.options),
-                "bits_per_weight": arm.bits_per_weight,
-                "seconds": run.seconds,
-                "compress_seconds": run.stage_seconds("compressing" if arm.step else "compress"),
-                "peak_anonymous_bytes": run.peak_anonymous_bytes,
-            }
-            record.write_text(json.dumps(runs[name]))
-            print(f"{name}: {run.seconds:.0f} s", flush=True)
+            make = partial(made, arm, place, folders[name], setting)
+            runs[name] = run_once(folders[name], name, make, resume=args.resume)
         evaluations = common.evaluate_folders(setting, folders, place["model"])
     found = verdicts(chosen, evaluations)
-    base = math.exp(statistics.fmean(next(iter(evaluations.values())).reference_nll_per_window))
+    base = base_perplexity(evaluations)
     content = {
         "benchmark": "hqq_vs_hqq",
         "facts": about,
@@ -139,9 +134,7 @@ def main() -> None:
             ]
         )
     print(f"\n{table(header, rows)}\n")
-    for text, verdict in found.items():
-        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text} ({verdict})")
-    print(f"\nWritten to {path}.")
+    show_verdicts(found, path)
 
 
 if __name__ == "__main__":

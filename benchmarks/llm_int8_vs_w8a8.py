@@ -6,16 +6,13 @@ Loss is measured twice: as perplexity above the model before, and as KL divergen
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-import shutil
-import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import setting as common
-from harness import facts, frugal, measure, table, write_result
+from arms import base_perplexity
+from harness import facts, run_once, run_step, table, write_result
 
 MOST_LOST = 0.5
 MAIN, PLAIN = "llm_int8", "W8A8 per token"
@@ -38,29 +35,20 @@ def shares(evaluations: dict[str, Any], base: float) -> dict[str, dict[str, floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
+    parser = common.options(__doc__)
     args = parser.parse_args()
     about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    setting = common.given(args)
     steps = {name: ARMS[name] for name in common.pick(list(ARMS), args.only)}
     runs: dict[str, Any] = {}
     with common.kept_folder(args.work) as work:
         model = common.dense_folder(Path(work) / "dense")
         folders = {name: Path(work) / name.replace(" ", "-").replace(",", "") for name in steps}
         for name, step in steps.items():
-            record = folders[name].with_suffix(".run.json")
-            if args.resume and record.is_file() and (folders[name] / "config.json").is_file():
-                runs[name] = json.loads(record.read_text())
-                continue
-            shutil.rmtree(folders[name], ignore_errors=True)
-            command = frugal("run", model, step, "--out", folders[name], *setting.run_options())
-            run = measure(command, threads=setting.threads)
-            runs[name] = {"seconds": run.seconds, "weights_bytes": common.folder_bytes(folders[name])}
-            record.write_text(json.dumps(runs[name]))
-            print(f"{name}: {run.seconds:.0f} s", flush=True)
+            make = partial(run_step, model, step, folders[name], setting.run_options(), setting.threads)
+            runs[name] = run_once(folders[name], name, make, resume=args.resume)
         evaluations = common.evaluate_folders(setting, folders, model)
-    base = math.exp(statistics.fmean(next(iter(evaluations.values())).reference_nll_per_window))
+    base = base_perplexity(evaluations)
     share = shares(evaluations, base)
     passed = MAIN in share and max(share[MAIN].values()) <= MOST_LOST
     content = {

@@ -69,6 +69,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def options(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser of these options; ``about`` is the docstring of a benchmark, of which the first line is shown."""
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+    add_options(parser)
+    return parser
+
+
+def given(args: argparse.Namespace) -> Setting:
+    """Return the setting that the options say."""
+    return Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+
+
 def dense_folder(folder: Path) -> Path:
     """Write the model once as a plain float32 Hugging Face folder, from which every side starts."""
     import torch

@@ -6,15 +6,13 @@ top; the share of that gap which smoothing closes is printed, with and without e
 
 from __future__ import annotations
 
-import argparse
-import math
-import shutil
-import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import setting as common
-from harness import facts, frugal, measure, table, write_result
+from arms import base_perplexity
+from harness import facts, run_once, run_step, table, write_result
 
 LEAST_GAP_CLOSED = 0.95
 NAIVE, TOKEN = "naive static", "naive per token"
@@ -61,15 +59,14 @@ def show(steps: dict[str, str], evaluations: dict[str, Any], closed: dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
+    parser = common.options(__doc__)
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument(
         "--exceptions", nargs="+", default=EXCEPTIONS, help="linears whose input gets a scale a token"
     )
     args = parser.parse_args()
     about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    setting = common.given(args)
     steps = arms(args.exceptions, args.alpha)
     steps = {name: steps[name] for name in common.pick(list(steps), args.only)}
     runs: dict[str, Any] = {}
@@ -77,19 +74,12 @@ def main() -> None:
         model = common.dense_folder(Path(work) / "dense")
         folders = {name: Path(work) / f"w8a8-{number}" for number, name in enumerate(steps)}
         for name, step in steps.items():
-            shutil.rmtree(folders[name], ignore_errors=True)
-            command = frugal("run", model, step, "--out", folders[name], *setting.run_options())
-            run = measure(command, threads=setting.threads)
-            runs[name] = {
-                "seconds": run.seconds,
-                "peak_anonymous_bytes": run.peak_anonymous_bytes,
-                "weights_bytes": common.folder_bytes(folders[name]),
-            }
-            print(f"{name}: {run.seconds:.0f} s", flush=True)
+            make = partial(run_step, model, step, folders[name], setting.run_options(), setting.threads)
+            runs[name] = run_once(folders[name], name, make, resume=False)
         evaluations = common.evaluate_folders(setting, folders, model)
     perplexity = {name: e.perplexity.value for name, e in evaluations.items()}
     closed = gap_closed(perplexity) if {NAIVE, TOKEN} <= perplexity.keys() else {}
-    base = math.exp(statistics.fmean(next(iter(evaluations.values())).reference_nll_per_window))
+    base = base_perplexity(evaluations)
     content = {
         "benchmark": "smoothquant_static",
         "facts": about,

@@ -12,7 +12,6 @@ sums in float64, which is run for every folder: vLLM cannot be closer than that.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 
 import peers
 import setting as common
-from harness import GIB, Measurement, facts, frugal, measure, table, write_result
+from harness import GIB, Measurement, facts, frugal, measure, show_verdicts, table, write_result
 
 HERE = Path(__file__).parent
 PROMPTS = (
@@ -180,12 +179,11 @@ def verdicts(compared: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
+    parser = common.options(__doc__)
     peers.add_option(parser)
     args = parser.parse_args()
     about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    setting = common.given(args)
     names = common.pick(list(ARMS), args.only)
     python = peers.peer_python("vllm", args.envs)
     compared: dict[str, dict[str, Any]] = {}
@@ -232,9 +230,7 @@ def main() -> None:
         cells += [f"{found['mean_difference_of_logprobs']:.5f}" for found in by.values()]
         rows.append([*cells, f"{by['vllm']['cost']['peak_anonymous_bytes'] / GIB:.2f}"])
     print(f"\n{table([*header, 'vLLM, GiB'], rows)}\n")
-    for text, verdict in content["verdicts"].items():
-        print(f"- {'PASS' if verdict['passed'] else 'FAIL'}: {text}")
-    print(f"\nWritten to {path}.")
+    show_verdicts(content["verdicts"], path)
 
 
 if __name__ == "__main__":
