@@ -16,6 +16,7 @@ import typer
 from frugallm.cli.options import Debug, Model, show_markdown
 
 if TYPE_CHECKING:
+    from frugallm.progress import Progress
     from frugallm.recipe import Recipe
 
 
@@ -57,44 +58,56 @@ def run(
 ) -> None:
     """Compress MODEL with the steps, verify the result, measure it, and write it to --out."""
     from frugallm.errors import OutputError
-    from frugallm.progress import Progress
 
     chosen = read_recipe(steps or [], recipe)
     if out is None:
         raise OutputError("a run needs a folder to write to", "Add --out DIR")
-    shown = Progress(progress)  # type: ignore[arg-type]
-    if quiet:
-        shown = Progress("none")
+    shown = progress_of(progress, quiet)
 
     from frugallm.compression import run as run_job
 
-    try:
-        with interruptible(), shown:
-            report = run_job(
-                model,
-                chosen,
-                out=out,
-                resume=resume,
-                overwrite=overwrite,
-                text=text,
-                samples=samples,
-                seq_len=seq_len,
-                seed=seed,
-                eval_text=eval_text,
-                windows=windows,
-                evaluate=not no_evaluate,
-                shares=shares,
-                dtype=dtype,
-                device=device,
-                threads=threads,
-                progress=shown,
-            )
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; continue with: {resume_command(sys.argv[1:])}", err=True)
-        raise
+    with resumable(shown):
+        report = run_job(
+            model,
+            chosen,
+            out=out,
+            resume=resume,
+            overwrite=overwrite,
+            text=text,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            eval_text=eval_text,
+            windows=windows,
+            evaluate=not no_evaluate,
+            shares=shares,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            progress=shown,
+        )
     if not quiet:
         show_markdown(report.to_markdown())
         typer.echo(f"The page with plots: {out / 'report.html'}")
+
+
+def progress_of(mode: str, quiet: bool) -> Progress:
+    """Return what shows a job's progress as ``--progress`` and ``--quiet`` say."""
+    from frugallm.progress import Progress
+
+    shown = Progress(mode)  # type: ignore[arg-type]
+    return Progress("none") if quiet else shown
+
+
+@contextmanager
+def resumable(shown: Progress) -> Iterator[None]:
+    """Show progress of the job that runs inside; on Ctrl-C say the command that goes on with it."""
+    try:
+        with interruptible(), shown:
+            yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; continue with: {resume_command(sys.argv[1:])}", err=True)
+        raise
 
 
 @contextmanager

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from frugallm.cli.options import Debug, show_markdown
-from frugallm.cli.run import interruptible, read_recipe, resume_command
+from frugallm.cli.run import progress_of, read_recipe, resumable
 
 
 def train(
@@ -62,45 +61,38 @@ def train(
 ) -> None:
     """Train MODEL with the steps, verify the result, measure it, and write it to --out."""
     from frugallm.errors import OutputError
-    from frugallm.progress import Progress
 
     chosen: Any = read_recipe(steps or [], recipe) if steps or recipe else ()
     changes = _shape(shape)
     if out is None:
         raise OutputError("a training needs a folder to write to", "Add --out DIR")
-    shown = Progress(progress)  # type: ignore[arg-type]
-    if quiet:
-        shown = Progress("none")
+    shown = progress_of(progress, quiet)
 
     from frugallm.training.run import train as run_training
 
-    try:
-        with interruptible(), shown:
-            report = run_training(
-                model,
-                chosen,
-                out=out,
-                from_scratch=from_scratch,
-                shape=changes,
-                resume=resume,
-                overwrite=overwrite,
-                text=text,
-                seq_len=seq_len,
-                max_steps=max_steps,
-                batch=batch,
-                learning_rate=learning_rate,
-                seed=seed,
-                save_every=save_every,
-                eval_text=eval_text,
-                windows=windows,
-                evaluate=not no_evaluate,
-                dtype=dtype,
-                threads=threads,
-                progress=shown,
-            )
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; continue with: {resume_command(sys.argv[1:])}", err=True)
-        raise
+    with resumable(shown):
+        report = run_training(
+            model,
+            chosen,
+            out=out,
+            from_scratch=from_scratch,
+            shape=changes,
+            resume=resume,
+            overwrite=overwrite,
+            text=text,
+            seq_len=seq_len,
+            max_steps=max_steps,
+            batch=batch,
+            learning_rate=learning_rate,
+            seed=seed,
+            save_every=save_every,
+            eval_text=eval_text,
+            windows=windows,
+            evaluate=not no_evaluate,
+            dtype=dtype,
+            threads=threads,
+            progress=shown,
+        )
     if not quiet:
         show_markdown(report.to_markdown())
 
