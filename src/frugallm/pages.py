@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from frugallm.catalogue import MethodEntry, method_entry, methods, rows, survey, unlisted
+from frugallm.handoff import CHOSEN_LATER, MEANING, changes, chosen_later, places
 from frugallm.method import Card, Method, source_file
 
 GENERATED = "<!-- made by 'frugal docs' from the code -->"
@@ -99,8 +100,23 @@ def method_page(method: type[Method]) -> str:
     ]
     lines += ["| parameter | default | allowed | meaning |", "| --- | --- | --- | --- |"]
     lines += [_parameter(key, field) for key, field in method.model_fields.items()]
+    lines += ["", "## Where the result loads", "", *where_it_loads(method)]
     lines += ["", "## Claim", "", card.claim, "", _measured(card, entry), "", markdown(rest).strip()]
     return "\n".join(lines) + "\n"
+
+
+def where_it_loads(method: type[Method]) -> list[str]:
+    """Return lines about where the result of a method loads, on a Llama: with its defaults, and what other choices change."""
+    step = method()
+    lines = [f"On a Llama, with the defaults. {MEANING}", "", "| | loads | |", "| --- | --- | --- |"]
+    for place in places(step):
+        name = f"`{place.name}`" if place.name.startswith("frugal") else place.name
+        lines.append(f"| {name} | {place.seen} | {place.note} |".replace("  ", " "))
+    others = changes(method)
+    if others:
+        lines += ["", "Other choices, each by itself:", ""]
+        lines += [f"- {', '.join(f'`{word}`' for word in words)}: {what}" for what, words in others.items()]
+    return lines + (["", CHOSEN_LATER] if chosen_later(step) else [])
 
 
 def markdown(text: str) -> str:

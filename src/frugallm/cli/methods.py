@@ -1,4 +1,4 @@
-"""``frugal methods``: the survey's table, and what of it works."""
+"""``frugal methods``: the survey's table and what of it works, or one method and where its result loads."""
 
 from __future__ import annotations
 
@@ -16,15 +16,21 @@ STYLES = {"works": "green", "preview": "yellow", "planned": "dim"}
 
 
 def methods(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="one method: what it is, and where its result loads")
+    ] = "",
     section: Annotated[
         str, typer.Option(metavar="TEXT", help="only sections that contain this text, e.g. 1.1.1")
     ] = "",
     json: Annotated[bool, typer.Option("--json", help="print the table as JSON")] = False,
     debug: Debug = False,
 ) -> None:
-    """List the rows of the survey with their state and methods."""
+    """List the rows of the survey with their state and methods, or show one method and where its result loads."""
     from frugallm.catalogue import survey, unlisted
 
+    if name:
+        show_one(name, section, json=json)
+        return
     entries = survey(section)
     if json:
         typer.echo(json_format.dumps([entry.model_dump(mode="json") for entry in entries], indent=1))
@@ -32,6 +38,31 @@ def methods(
     show(entries)
     if not section:
         typer.echo("Without a row of their own: " + ", ".join(entry.name for entry in unlisted()))
+
+
+def show_one(name: str, section: str, *, json: bool) -> None:
+    """Print one method: its card in short, and where its result loads."""
+    from dataclasses import asdict
+
+    from frugallm.catalogue import find_method, method_entry
+    from frugallm.cli.options import show_markdown
+    from frugallm.errors import ParameterError
+    from frugallm.handoff import places
+    from frugallm.pages import where_it_loads
+
+    if section:
+        raise ParameterError(
+            f"--section chooses among all methods, not within {name}", "Leave one of them out"
+        )
+    method = find_method(name)
+    entry, card = method_entry(method.name(), method), method.card
+    if json:
+        found = [asdict(place) for place in places(method())]
+        typer.echo(json_format.dumps({**entry.model_dump(mode="json"), "loads": found}, indent=1))
+        return
+    claim = f"{card.claim} {claim_text(entry.claim) or 'not measured yet with the code as it is'}."
+    lines = [f"# {card.title} ({entry.state})", "", card.summary, "", f"Claim: {claim}"]
+    show_markdown("\n".join([*lines, "", "## Where the result loads", "", *where_it_loads(method)]))
 
 
 def show(entries: list[Entry]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 from typing import Literal
@@ -13,10 +12,13 @@ from pydantic import BaseModel, ConfigDict
 from frugallm.compress.plan import Modules, Plan
 from frugallm.formats.quantized_tensor import ActivationScheme, WeightScheme
 
+Seen = Literal["tested", "documented", "no"]
 Inputs = Literal["none", "token", "static", "outliers", "clusters", "fp8 token", "fp8 static", "olive"]
 Grid = Literal["symmetric", "asymmetric", "float zero", "extras", "mxfp4", "nvfp4", "fp4", "fp8", "olive"]
 
 
+#: The format of results, unless a row says another one.
+RESULTS = "compressed-tensors"
 #: FP4 formats that have a name, by the type of their scales. Engines have kernels for groups of 32 and of 16.
 _FP4: dict[str, Grid] = {"float8_e8m0fnu": "mxfp4", "float8_e4m3fn": "nvfp4"}
 
@@ -27,7 +29,7 @@ class Support(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: str
-    format: str = "compressed-tensors"
+    format: str = RESULTS
     version: str
     device: str
     weights: tuple[int, ...]
@@ -37,7 +39,7 @@ class Support(BaseModel):
     grids: tuple[Grid, ...] = ("symmetric", "asymmetric")
     modules: tuple[Modules, ...] = ("Linear",)
     groups: tuple[int, ...] = ()
-    seen: Literal["tested", "documented", "no"]
+    seen: Seen
     note: str = ""
 
 
@@ -103,28 +105,31 @@ def _grid(weights: WeightScheme) -> Grid:
     return "asymmetric" if weights.zero_dtype == "int8" else "float zero"
 
 
-def loads(row: Support, weights: Iterable[int], inputs: Iterable[Inputs], tables: Iterable[int]) -> bool:
-    """Whether a row is of the format of results and covers all of these."""
-    return row.format == "compressed-tensors" and (
-        set(weights) <= set(row.weights) and set(inputs) <= set(row.inputs) and set(tables) <= set(row.tables)
+def covers(row: Support, plan: Plan) -> bool:
+    """Whether a row speaks of linears as a plan stores them; its format and tables are left aside."""
+    weights, inputs, _ = schemes(plan)
+    return (
+        weights <= set(row.weights)
+        and inputs <= set(row.inputs)
+        and input_bits(plan) <= set(row.input_bits)
+        and grids(plan) <= set(row.grids)
+        and plan.modules in row.modules
+        and (not row.groups or groups(plan) <= set(row.groups))
     )
 
 
 def engines_for(plan: Plan) -> list[Support]:
     """Return the rows that say something about results of this plan, engines that refuse it included."""
-    weights, inputs, tables = schemes(plan)
-    rows = [
-        r
-        for r in table()
-        if loads(r, weights, inputs, tables)
-        and input_bits(plan) <= set(r.input_bits)
-        and grids(plan) <= set(r.grids)
-        and plan.modules in r.modules
-        and (not r.groups or groups(plan) <= set(r.groups))
-    ]
+    tables = schemes(plan)[2]
+    rows = [r for r in table() if r.format == RESULTS and tables <= set(r.tables) and covers(r, plan)]
     known = {(r.engine, r.device) for r in rows}
     refusals = [r for r in table() if r.seen == "no" and not r.weights and (r.engine, r.device) not in known]
     return rows + refusals
+
+
+def exports_for(plan: Plan, format: str) -> list[Support]:
+    """Return the rows of engines that load what ``frugal export`` writes in another format; it writes tables out."""
+    return [r for r in table() if r.format == format and r.seen != "no" and covers(r, plan)]
 
 
 def loads_in_transformers(plan: Plan) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor
 
 if TYPE_CHECKING:
+    from frugallm.compress.plan import Plan
     from frugallm.formats.folder import Encode
     from frugallm.models.family import Family
 
@@ -40,6 +41,8 @@ class Layout:
         Ends of names of tensors that serve training alone and are not stored.
     notes
         What a reader of the result should know about it.
+    plan
+        What ``frugal run`` would plan for the same folder, if it is in the format of its results.
     """
 
     label: str
@@ -51,15 +54,19 @@ class Layout:
     rounds_inputs: bool = False
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    plan: Plan | None = None
 
 
 def dense(dtype: torch.dtype) -> Layout:
     """Return the layout of a model whose weights are stored as they are, in ``dtype``."""
+    from frugallm.compress.plan import Plan
+
     return Layout(
         label=str(dtype).removeprefix("torch."),
         stored={},
         encode=lambda name, value: {name: value.to(dtype)},
         quantization=None,
+        plan=Plan(rewrites=(), linears={}, tables={}, left_alone=()),
     )
 
 
@@ -121,4 +128,5 @@ def compressed(
         rounds_inputs=activations is not None,
         dropped=dropped,
         notes=notes,
+        plan=plan,
     )
