@@ -9,7 +9,7 @@ from finished_run import finished
 from frugallm.cli.main import main
 from frugallm.compress.plan import make_plan
 from frugallm.compress.quantize.grids import fit_second_level
-from frugallm.conformance.parts import container_bytes
+from frugallm.conformance.stored_models import container_bytes
 from frugallm.conformance.trial import random_model
 from frugallm.formats.compressed_tensors import decode_linear, encode_linear, quantization_config
 from frugallm.formats.decoded import Decoded, scheme_of
@@ -76,7 +76,7 @@ def test_what_is_stored_is_read_back_and_takes_the_bytes_it_says(q):
     beside = sum(size for leaf, size in sizes.items() if leaf in LEAVES)
     if q.scheme.second is not None:
         assert sum(sizes.values()) - beside == q.scheme.stored_bytes(*q.codes.shape) + 16  # of the shape
-    assert sum(sizes.values()) == container_bytes(scheme, *q.codes.shape, packed=True) + beside
+    assert sum(sizes.values()) == container_bytes(scheme, *q.codes.shape) + beside
 
 
 @settings(max_examples=15, deadline=None)

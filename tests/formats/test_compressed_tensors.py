@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from frugallm.compress.plan import make_plan
-from frugallm.conformance.parts import container_bytes
+from frugallm.conformance.stored_models import container_bytes
 from frugallm.conformance.trial import random_model
 from frugallm.formats.compressed_tensors import container, decode_linear, encode_linear, quantization_config
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
@@ -48,7 +48,7 @@ def test_packing_loses_nothing_and_takes_the_bytes_it_says(q):
     assert_same(decode_linear("a.b", stored, scheme), q)
     assert all(name.startswith("a.b.weight_") and tensor.is_contiguous() for name, tensor in stored.items())
     found = sum(t.numel() * t.itemsize for t in stored.values())
-    assert found == container_bytes(scheme, *q.codes.shape, packed=True)
+    assert found == container_bytes(scheme, *q.codes.shape)
 
 
 @settings(max_examples=40, deadline=None)

@@ -16,12 +16,15 @@ from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.conformance import parts
 from frugallm.conformance.examples import variants
 from frugallm.conformance.outcome import Check, CheckFailed, ensure
-from frugallm.conformance.stored_models import file_bytes, loads_outside_as_in_memory, reads_back_finite
+from frugallm.conformance.stored_models import (
+    claimed_bytes,
+    file_bytes,
+    loads_outside_as_in_memory,
+    loads_where_the_table_says,
+)
 from frugallm.conformance.trial import BLOCKS, KINDS, Run, Trial, carry_out, job_for, random_model, windows
 from frugallm.errors import FrugalError
-from frugallm.formats.compressed_tensors import container
 from frugallm.formats.engines import loads_in_transformers
-from frugallm.formats.extras import LEAVES
 from frugallm.formats.quantized_tensor import WeightScheme
 from frugallm.job import Workplace, compress, layer_facts, needs_text
 from frugallm.method import Method
@@ -143,25 +146,6 @@ def errors_are_finite_and_small_at_8_bits(trial: Trial) -> None:
                 ensure(good, f"{layer['name']}: {fact} {error:.3g} with {work.label()}")
 
 
-def claimed_bytes(run: Run) -> int:
-    """Return the bytes that the schemes of a run claim for all of its tensors; extras claim what they take."""
-    plan, checkpoint, total = run.job.plan, run.job.checkpoint, 0
-    beside: dict[str, dict[str, int]] = {}
-    for name, tensor in run.tensors().items():
-        path, _, leaf = name.rpartition(".")
-        beside.setdefault(path, {})[leaf] = tensor.nbytes
-    for name in checkpoint.names():
-        path, shape = name.removesuffix(".weight"), checkpoint.shape(name)
-        if path != name and path in plan.linears:
-            scheme = plan.linears[path].scheme
-            packed = container(scheme) == "pack-quantized"
-            total += parts.container_bytes(scheme, *shape, packed=packed)
-            total += sum(size for leaf, size in beside.get(path, {}).items() if leaf in LEAVES)
-        else:
-            total += math.prod(shape) * run.job.stored.itemsize
-    return total
-
-
 def bytes_on_disk_are_the_bytes_claimed(trial: Trial) -> None:
     """Codes, scales and zero points take what the scheme says, and everything else two bytes a number."""
     for kind in KINDS:
@@ -177,7 +161,13 @@ def the_folder_loads_without_us_to_equal_logits(trial: Trial) -> None:
 
 
 def every_parameter_value_stores_and_loads(trial: Trial) -> None:
-    """Each parameter at other values than its default: the bytes claimed, and equal logits after loading."""
+    """Each parameter at other values than its default: the bytes claimed, and equal logits after loading.
+
+    With the defaults as well, where loading without us is not checked by itself.
+    """
+    for kind in KINDS:
+        if not loads_in_transformers(trial.run(kind).job.plan):
+            loads_where_the_table_says(trial.run(kind), windows(kind))
     for number, (name, value) in enumerate(variants(trial.method)):
         if not trial.accepts(**{name: value}):
             continue  # legal alone, but not with these models or the other parameters
@@ -187,10 +177,7 @@ def every_parameter_value_stores_and_loads(trial: Trial) -> None:
         claimed, found = claimed_bytes(run), file_bytes(run)
         ensure(claimed == found, f"{what}: {found} bytes on disk, the scheme says {claimed}")
         try:
-            if loads_in_transformers(run.job.plan):
-                loads_outside_as_in_memory(run, windows(kind))
-            else:
-                reads_back_finite(run, windows(kind))
+            loads_where_the_table_says(run, windows(kind))
         except CheckFailed as error:
             raise CheckFailed(f"{what}: {error}") from error
 
@@ -338,7 +325,7 @@ def a_repair_makes_up_for_any_rounding(trial: Trial) -> None:
         ensure(plan.scheme.weights.extras == _step(trial).adds, f"{name} is {plan.scheme.label()}")
     claimed, found = claimed_bytes(run), file_bytes(run)
     ensure(claimed == found, f"{found} bytes on disk, the scheme says {claimed}")
-    reads_back_finite(run, windows("tied"))
+    loads_where_the_table_says(run, windows("tied"))
 
 
 def a_later_step_rounds_as_was_chosen(trial: Trial) -> None:

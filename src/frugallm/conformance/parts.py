@@ -1,4 +1,4 @@
-"""What solvers, rewrites and containers must do, as functions of plain tensors and of one decoder block."""
+"""What solvers and rewrites must do, as functions of plain tensors and of one decoder block."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.compress.quantize.grids import nearest_on, round_to_nearest
 from frugallm.compress.quantize.solvers import proxy_loss
 from frugallm.conformance.outcome import ensure
-from frugallm.formats.compressed_tensors import FLOAT_CONTAINERS, container
-from frugallm.formats.quantized_tensor import LinearScheme, QuantizedTensor, WeightScheme
+from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.open import dense_model
 from frugallm.walk.statistics import Gather
@@ -231,35 +230,3 @@ def rewrite_keeps_the_logits(
     error = float((after - before).abs().max() / before.abs().max())
     ensure(error <= REWRITE_TOLERANCE, f"logits move by {error:.1e} of the largest")
     ensure(changed, "nothing is rewritten")
-
-
-def container_bytes(
-    scheme: LinearScheme, rows: int, width: int, *, packed: bool, rescaled: bool = False
-) -> int:
-    """Return the bytes that a scheme claims: codes, scales, zero points, and the shape where it is packed."""
-    weights = scheme.weights
-    groups = width // weights.columns_per_scale(width)
-    scale = rows * groups * getattr(torch, weights.scale_dtype).itemsize
-    clusters = scheme.activations and scheme.activations.clusters
-    static = width + 6 * clusters if clusters else 4 if scheme.static_inputs else 0
-    if scheme.activations is not None and scheme.activations.reassembled:
-        static += (4 + 2) * width
-    if weights.second is not None:
-        codes = 4 * rows * -(-width * weights.bits // 32) + 16 if packed else rows * width
-        return codes + 2 * second_level_bytes(weights.second, rows, groups) + static
-    if container(scheme) in FLOAT_CONTAINERS:
-        return rows * width * weights.bits // 8 + scale + 4 * weights.two_scales + static
-    float_zero = 2 * rows * groups if weights.zero_dtype == "float16" else None
-    if not packed:
-        zero = 0 if weights.symmetric else float_zero or rows * groups
-        return rows * width + scale * (2 if rescaled else 1) + zero + static
-    zero = 0 if weights.symmetric else float_zero or 4 * -(-rows * weights.bits // 32) * groups
-    return 4 * rows * -(-width * weights.bits // 32) + scale + zero + 16 + static
-
-
-def second_level_bytes(second: WeightScheme, rows: int, groups: int) -> int:
-    """Return the bytes of scales or of zero points ``(rows, groups)`` that are codes themselves."""
-    size = second.columns_per_scale(rows)
-    chunks = -(-rows // size)
-    each = getattr(torch, second.scale_dtype).itemsize + getattr(torch, second.zero_dtype).itemsize
-    return groups * (4 * -(-chunks * size * second.bits // 32) + chunks * each)

@@ -17,11 +17,8 @@ from frugallm.conformance.block_methods import (
 )
 from frugallm.conformance.examples import variants
 from frugallm.conformance.outcome import Check, CheckFailed, ensure
-from frugallm.conformance.stored_models import file_bytes, loads_outside_as_in_memory, reads_back_finite
-from frugallm.conformance.trial import KINDS, Run, Trial, windows
-from frugallm.formats.compressed_tensors import container
-from frugallm.formats.engines import loads_in_transformers
-from frugallm.formats.quantized_tensor import LinearScheme
+from frugallm.conformance.stored_models import claimed_bytes, file_bytes, loads_where_the_table_says
+from frugallm.conformance.trial import KINDS, Trial, windows
 from frugallm.method import Method
 
 #: Largest relative error of a table in 8 bits.
@@ -115,21 +112,6 @@ def table_errors_are_finite_and_small_at_8_bits(trial: Trial) -> None:
             )
 
 
-def claimed_bytes(run: Run) -> int:
-    """Return the bytes that the schemes of a run claim for all of its tensors."""
-    plan, checkpoint, total = run.job.plan, run.job.checkpoint, 0
-    tied = bool(checkpoint.config.tie_word_embeddings)
-    for name in checkpoint.names():
-        path, shape = name.removesuffix(".weight"), checkpoint.shape(name)
-        if path in plan.tables:
-            scheme = LinearScheme(weights=plan.tables[path].scheme)
-            packed = container(scheme, table=True) == "pack-quantized"
-            total += parts.container_bytes(scheme, *shape, packed=packed, rescaled=tied and not packed)
-        else:
-            total += math.prod(shape) * run.job.stored.itemsize
-    return total
-
-
 def every_parameter_value_stores_and_loads(trial: Trial) -> None:
     """Defaults and each parameter at other values: the bytes claimed, and equal logits after loading."""
     for parameters in ({}, *({name: value} for name, value in variants(trial.method))):
@@ -143,9 +125,6 @@ def every_parameter_value_stores_and_loads(trial: Trial) -> None:
                 f"{parameters} on the {kind} model: {found} bytes, the scheme says {claimed}",
             )
             try:
-                if loads_in_transformers(run.job.plan):
-                    loads_outside_as_in_memory(run, windows(kind))
-                else:
-                    reads_back_finite(run, windows(kind))
+                loads_where_the_table_says(run, windows(kind))
             except CheckFailed as error:
                 raise CheckFailed(f"{parameters} on the {kind} model: {error}") from error
