@@ -13,7 +13,6 @@ compared, since folders have it in another file.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -366,13 +365,12 @@ def show_choice(runs: Mapping[str, Any], kl: Mapping[str, float], chosen: Mappin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    common.add_options(parser)
+    parser = common.options(__doc__)
     peers.add_option(parser)
     parser.add_argument("--choice-windows", type=int, default=CHOICE_WINDOWS, help="windows to choose by")
     args = parser.parse_args()
     about = facts()
-    setting = common.Setting(args.data, samples=args.samples, windows=args.windows, threads=args.threads)
+    setting = common.given(args)
     names = common.pick(list(ARMS), args.only)
     toolkits = {maker(n) for n in names} & set(ENVIRONMENTS)
     pythons = {who: peers.peer_python(ENVIRONMENTS[who], args.envs) for who in sorted(toolkits)}

@@ -48,8 +48,12 @@ class Setting:
         ]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that make a :class:`Setting`; the defaults are those of the published figures."""
+def options(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser of the options that make a :class:`Setting`; the defaults are those of the published figures.
+
+    ``about`` is the docstring of the benchmark, of which ``--help`` shows the first line.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with wikitext2/valid.txt and test.txt"
     )
@@ -67,12 +71,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", nargs="*", default=[], help="run only these arms (names, or parts of names)"
     )
-
-
-def options(about: str | None) -> argparse.ArgumentParser:
-    """Return a parser of these options; ``about`` is the docstring of a benchmark, of which the first line is shown."""
-    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
-    add_options(parser)
     return parser
 
 
