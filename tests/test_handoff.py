@@ -11,7 +11,7 @@ from frugallm.cli.main import main
 from frugallm.conformance import checks_for
 from frugallm.conformance.outcome import CheckFailed
 from frugallm.conformance.stored_models import loads_where_the_table_says
-from frugallm.conformance.train_methods import begin_job, train_job
+from frugallm.conformance.train_methods import train_job
 from frugallm.conformance.trial import KINDS, Trial, windows
 from frugallm.errors import ExportError
 from frugallm.formats.engines import loads_in_transformers
@@ -36,7 +36,10 @@ def loaded_by_the_checks(method):
     if issubclass(method, TrainMethod):
         for kind in KINDS:
             job = train_job(method, kind)
-            yield layout_of(job, begin_job(job)[0]).in_transformers
+            student = job.origin.student(0)
+            for step in job.steps:
+                step.rewrite(student, job.origin.family)
+            yield layout_of(job, student).in_transformers
         return
     with Trial(method) as trial:
         yield from (loads_in_transformers(trial.job(kind).plan) for kind in KINDS)
