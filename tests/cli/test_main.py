@@ -36,9 +36,7 @@ def test_the_package_runs_as_a_module():
 
 
 def test_the_options_of_run_are_frozen():
-    frozen = (
-        "recipe out resume overwrite text samples seq-len seed eval-text windows no-evaluate dtype device"
-    )
+    frozen = "recipe out resume overwrite text samples seq-len seed eval-text windows no-evaluate shares dtype device"
     assert options("run") == {f"--{name}" for name in f"{frozen} threads progress quiet debug".split()}
 
 
