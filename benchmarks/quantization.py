@@ -34,6 +34,8 @@ def _weights(bits: int) -> dict[str, Arm]:
         "rotate gptq": ["rotate", f"gptq:bits={bits},{G}"],
         "rotate gptaq": ["rotate", f"gptaq:bits={bits},{G}"],
         "mixed_bits gptq": [f"mixed_bits:average={bits}", f"gptq:{G}"],
+        "mixed_bits gptaq": [f"mixed_bits:average={bits}", f"gptaq:{G}"],
+        "mixed_bits gptaq lkd": [f"mixed_bits:average={bits}", f"gptaq:{G}", "lkd"],
         "rotate mixed_bits gptq": ["rotate", f"mixed_bits:average={bits}", f"gptq:{G}"],
         "gptq lkd": [f"gptq:bits={bits},{G}", "lkd"],
     }
