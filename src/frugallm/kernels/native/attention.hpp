@@ -14,9 +14,8 @@ struct Partial {
 
 inline void add_chunk(Partial& all, const Partial& chunk, int padded) {
     float largest = all.largest > chunk.largest ? all.largest : chunk.largest;
-    v16 before{}, now{};
     v16 powers = exp_of(v16{all.largest - largest, chunk.largest - largest});
-    before = all_lanes(powers[0]), now = all_lanes(powers[1]);
+    v16 before = all_lanes(powers[0]), now = all_lanes(powers[1]);
     all.total = all.total * powers[0] + chunk.total * powers[1];
     for (int d = 0; d < padded; d += 16)
         store(all.values + d, load<v16>(all.values + d) * before + load<v16>(chunk.values + d) * now);
@@ -43,20 +42,41 @@ inline void scores_of(const Cache& c, const int32_t* table, const Query* q, floa
     }
 }
 
-// Weighted sums of the values of pairs of slots, first to last.
+// Weighted sums of the values of pairs of slots, first to last, D times sixteen dimensions at once.
+template <int N, int D>
+inline void values_at(const Cache& c, const int32_t* table, int first, int last, const uint32_t (*weights)[CHUNK / 2],
+                      Partial* parts, int d) {
+    v16 acc[D][N];
+    UNROLL for (int i = 0; i < D; i++) {
+        UNROLL for (int n = 0; n < N; n++) acc[i][n] = load<v16>(parts[n].values + d + 16 * i);
+    }
+    for (int j = first; j < last; j++) {
+        const uint16_t* pair = c.values + table[j / 8] * c.block_stride + (j % 8) * 2 * c.padded + 2 * d;
+        UNROLL for (int i = 0; i < D; i++) {
+            i16 line = load<i16>(pair + 32 * i);
+            UNROLL for (int n = 0; n < N; n++) acc[i][n] = dot2(acc[i][n], line, weights[n][j]);
+        }
+    }
+    UNROLL for (int i = 0; i < D; i++) {
+        UNROLL for (int n = 0; n < N; n++) store(parts[n].values + d + 16 * i, acc[i][n]);
+    }
+}
+
 template <int N>
 inline void values_of(const Cache& c, const int32_t* table, int first, int last, const uint32_t (*weights)[CHUNK / 2],
-                      Partial* parts, bool half) {
+                      Partial* parts) {
+    constexpr int D = N <= 4 ? 4 : 2;
+    int d = 0;
+    for (; d + 16 * D <= c.padded; d += 16 * D) values_at<N, D>(c, table, first, last, weights, parts, d);
+    for (; d < c.padded; d += 16) values_at<N, 1>(c, table, first, last, weights, parts, d);
+}
+
+// The same for a pair whose second slot the query does not see.
+inline void half_pair(const Cache& c, const int32_t* table, int j, uint32_t weight, Partial& part) {
+    const uint16_t* pair = c.values + table[j / 8] * c.block_stride + (j % 8) * 2 * c.padded;
     for (int d = 0; d < c.padded; d += 16) {
-        v16 acc[N];
-        UNROLL for (int n = 0; n < N; n++) acc[n] = load<v16>(parts[n].values + d);
-        for (int j = first; j < last; j++) {
-            const uint16_t* block = c.values + table[j / 8] * c.block_stride;
-            i16 line = load<i16>(block + (j % 8) * 2 * c.padded + 2 * d);
-            if (half) line = line & 0xffff;  // the second slot of the pair is not the query's to see
-            UNROLL for (int n = 0; n < N; n++) acc[n] = dot2(acc[n], line, weights[n][j]);
-        }
-        UNROLL for (int n = 0; n < N; n++) store(parts[n].values + d, acc[n]);
+        i16 line = load<i16>(pair + 2 * d) & 0xffff;
+        store(part.values + d, dot2(load<v16>(part.values + d), line, weight));
     }
 }
 
@@ -99,10 +119,10 @@ void chunk_of(const Cache& c, const int32_t* table, const Query* q, int begin, P
         seen[n] = weigh(c, scores[n], begin, q[n].position, weights[n], parts[n]);
     }
     int common = seen[0] / 2;  // positions ascend, so the first query sees least
-    values_of<N>(c, blocks, 0, common, weights, parts, false);
+    values_of<N>(c, blocks, 0, common, weights, parts);
     for (int n = 0; n < N; n++) {
-        values_of<1>(c, blocks, common, seen[n] / 2, weights + n, parts + n, false);
-        if (seen[n] % 2) values_of<1>(c, blocks, seen[n] / 2, seen[n] / 2 + 1, weights + n, parts + n, true);
+        values_of<1>(c, blocks, common, seen[n] / 2, weights + n, parts + n);
+        if (seen[n] % 2) half_pair(c, blocks, seen[n] / 2, weights[n][seen[n] / 2], parts[n]);
         if (parts[n].largest > -__builtin_inff()) add_chunk(all[n], parts[n], c.padded);
     }
 }

@@ -99,6 +99,52 @@ void prepare(const Linear& w, const float* x, int64_t x_stride, int64_t first, i
     }
 }
 
+// Exact sums of products of a group's codes, sixteen rows by M rows of activations; x goes on to the next group.
+template <int M, int KIND>
+inline void group_sums(const uint8_t* line, int lines, const uint32_t* x, i16* sum) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
+    __m256i first[M], second[M];  // rows 0 to 7 and 8 to 15
+    UNROLL for (int m = 0; m < M; m++) first[m] = second[m] = _mm256_setzero_si256();
+    for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 * M : M) {
+        __m256i a = _mm256_loadu_si256((const __m256i*)line), b = _mm256_loadu_si256((const __m256i*)(line + 32));
+        UNROLL for (int m = 0; m < M; m++) {
+            __m256i q = _mm256_set1_epi32(int32_t(x[m]));
+            if (KIND == INT8) {
+                first[m] = _mm256_add_epi32(first[m], signed_dot4(a, q));
+                second[m] = _mm256_add_epi32(second[m], signed_dot4(b, q));
+                continue;
+            }
+            __m256i r = _mm256_set1_epi32(int32_t(x[M + m]));  // four products of 15 * 127 fit into 16 bits
+            __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(a, nibble), q);
+            __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), r);
+            first[m] = _mm256_add_epi32(first[m], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
+            low = _mm256_maddubs_epi16(_mm256_and_si256(b, nibble), q);
+            high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble), r);
+            second[m] = _mm256_add_epi32(second[m], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+        std::memcpy(sum + m, first + m, 32);
+        std::memcpy((char*)(sum + m) + 32, second + m, 32);
+    }
+#else
+    UNROLL for (int m = 0; m < M; m++) sum[m] = i16{};
+    for (int l = 0; l < lines; l++, line += 64) {
+        i16 v = load<i16>(line);
+        if (KIND == INT8) {
+            UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], v, x + m);
+            x += M;
+            continue;
+        }
+        i16 low = v & 0x0f0f0f0f, high = (v >> 4) & 0x0f0f0f0f;
+        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], low, x + m);
+        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], high, x + M + m);
+        x += 2 * M;
+    }
+#endif
+}
+
 // acc[m] = sum over groups, first to last, of (scale of the row's weights * scale of the inputs) * (exact sum of products).
 template <int M, int KIND>
 inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, int tile, v16* acc) {
@@ -113,19 +159,8 @@ inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, in
     int64_t at = int64_t(tile) * w.groups * TILE;
     for (int g = 0; g < w.groups; g++, at += TILE, scales += M, sums += M) {
         i16 sum[M];
-        UNROLL for (int m = 0; m < M; m++) sum[m] = i16{};
-        for (int l = 0; l < lines; l++, line += 64) {
-            i16 v = load<i16>(line);
-            if (KIND == INT4) {
-                i16 low = v & 0x0f0f0f0f, high = (v >> 4) & 0x0f0f0f0f;
-                UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], low, x + m);
-                UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], high, x + M + m);
-                x += 2 * M;
-            } else {
-                UNROLL for (int m = 0; m < M; m++) sum[m] = dot4_bytes(sum[m], v, x + m);
-                x += M;
-            }
-        }
+        group_sums<M, KIND>(line, lines, x, sum);
+        line += lines * 64, x += w.group / 4 * M;
         v16 scale = numbers(w.scales, at, w.scale_type);
         if (w.zero_type == NUM_INT8) {
             i16 zero = __builtin_convertvector(load<b16>((const int8_t*)w.zeros + at), i16) + offset;

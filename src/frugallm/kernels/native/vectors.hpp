@@ -127,36 +127,17 @@ inline v16 silu_of(v16 x) {
 inline i16 dot4(i16 sum, i16 weights, const uint32_t* x) {
     return (i16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(int32_t(*x)));
 }
-inline i16 dot4_bytes(i16 sum, i16 weights, const uint32_t* x) { return dot4(sum, weights, x); }
-constexpr int BYTE_OFFSET = 128;  // what dot4_bytes counts too much for every input
+constexpr int BYTE_OFFSET = 128;
 
 #elif defined(__AVX2__)
 
-struct Halves {
-    __m256i low, high;
-};
-inline i16 joined(__m256i low, __m256i high) {
-    Halves h{low, high};
-    return load<i16>(&h);
-}
-inline i16 dot4(i16 sum, i16 weights, const uint32_t* x) {
-    Halves w = read<Halves>(&weights);
-    __m256i q = _mm256_set1_epi32(int32_t(*x)), ones = _mm256_set1_epi16(1);
-    __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(w.low, q), ones);
-    __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(w.high, q), ones);
-    return sum + joined(low, high);
-}
-inline __m256i signed_dot4(__m256i stored, __m256i q) {  // |c| * (q with the sign of c) fits pairs into 16 bits
+// |c| * (q with the sign of c) fits pairs of products into 16 bits, which c + 128 times q does not.
+inline __m256i signed_dot4(__m256i stored, __m256i q) {
     __m256i c = _mm256_xor_si256(stored, _mm256_set1_epi8(-128));
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(q, c));
     return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
-inline i16 dot4_bytes(i16 sum, i16 weights, const uint32_t* x) {
-    Halves w = read<Halves>(&weights);
-    __m256i q = _mm256_set1_epi32(int32_t(*x));
-    return sum + joined(signed_dot4(w.low, q), signed_dot4(w.high, q));
-}
-constexpr int BYTE_OFFSET = 0;
+constexpr int BYTE_OFFSET = 0;  // what sums of bytes count too much for every input
 
 #else
 
@@ -164,7 +145,6 @@ inline i16 dot4(i16 sum, i16 weights, const uint32_t* x) {
     for (int i = 0; i < 4; i++) sum = sum + ((weights >> (8 * i)) & 255) * int32_t(int8_t(*x >> (8 * i)));
     return sum;
 }
-inline i16 dot4_bytes(i16 sum, i16 weights, const uint32_t* x) { return dot4(sum, weights, x); }
 constexpr int BYTE_OFFSET = 128;
 
 #endif
