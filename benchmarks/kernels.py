@@ -71,9 +71,9 @@ def time_linear(case: LinearCase, path: str, threads: int, limit: dict[str, floa
     own = cycle([dense.clone() for _ in range(max(1, -(-COLD_BYTES // dense.nbytes)))])
     rows = []
     for count in TIMED_ROWS if case.rows < 10000 else TIMED_ROWS[:2]:
-        x = case.inputs(count)
+        x, half = case.inputs(count), case.inputs(count).bfloat16()
         ours = seconds(lambda x=x: operations.linear(x, packed(), path, threads))
-        torchs = seconds(lambda x=x.bfloat16(): linear(x, own()))
+        torchs = seconds(lambda half=half: linear(half, own()))
         work = 2 * count * case.rows * case.width
         peak = limit["int8" if case.kind.startswith("int") else "bf16"]
         rows.append(

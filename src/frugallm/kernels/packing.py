@@ -143,7 +143,15 @@ class PackedLinear:
         return scale * (values.float() - middle - (0 if zero is None else zero))
 
 
+def _lines(filled: Tensor) -> Tensor:
+    """Return rows of whole tiles, cut into words of 4 bytes, as lines of 16 rows, uint8 ``(tiles, words, 64)``."""
+    words = filled.contiguous().view(torch.int32).view(len(filled) // TILE, TILE, -1)
+    return words.transpose(1, 2).contiguous().view(torch.uint8)
+
+
 def _filled(x: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
+    if x.shape == (rows, columns):
+        return x
     return torch.nn.functional.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0]), value=value)
 
 
@@ -182,12 +190,11 @@ def pack(
     tiles, groups = -(-rows // TILE), -(-width // group)
     kind: Kind = "int4" if bits <= 4 else "int8"
     middle = 0 if zeros is not None and zeros.dtype != torch.int8 else 8 if bits <= 4 else 128
-    unsigned = _filled(codes.short() + middle, tiles * TILE, groups * group, middle).to(torch.uint8)
-    if kind == "int4":
-        lines = unsigned.view(tiles, TILE, -1, 2, 4).permute(0, 2, 3, 1, 4).reshape(tiles, -1, 2, 64)
-        lines = lines[:, :, 0] | lines[:, :, 1] << 4
-    else:
-        lines = unsigned.view(tiles, TILE, -1, 4).permute(0, 2, 1, 3).reshape(tiles, -1, 64)
+    unsigned = _filled(codes.view(torch.uint8) + middle, tiles * TILE, groups * group, middle)  # wraps around
+    lines = _lines(unsigned)
+    if kind == "int4":  # words in turns: low halves of a line, high halves
+        pairs = lines.view(torch.int32).view(tiles, -1, 2, TILE)
+        lines = (pairs[:, :, 0] | pairs[:, :, 1] << 4).view(torch.uint8)
     return PackedLinear(
         aligned(lines),
         aligned(_by_tiles(scales, tiles)),
@@ -204,13 +211,10 @@ def pack_float(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
     """Pack a weight ``(out, in)`` of floats: bf16 stays what it is, all else becomes float32, which loses nothing."""
     kind: Kind = "bf16" if weight.dtype == torch.bfloat16 else "float32"
     rows, width = weight.shape
-    tiles, group, per = -(-rows // TILE), FLOAT_GROUPS[kind], PER_LINE[kind]
+    tiles, group = -(-rows // TILE), FLOAT_GROUPS[kind]
     values = weight if kind == "bf16" else weight.float()
     filled = _filled(values, tiles * TILE, -(-width // group) * group)
-    lines = filled.view(tiles, TILE, -1, per).permute(0, 2, 1, 3).contiguous().view(torch.uint8)
-    return PackedLinear(
-        aligned(lines.view(tiles, -1, 64)), None, None, _bias(bias, tiles), kind, rows, width, group
-    )
+    return PackedLinear(aligned(_lines(filled)), None, None, _bias(bias, tiles), kind, rows, width, group)
 
 
 @dataclass(frozen=True)
