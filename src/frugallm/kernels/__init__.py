@@ -4,6 +4,6 @@ How sums are ordered, what the layouts are and what was measured is in ``docs/ke
 """
 
 from frugallm.kernels.library import path_name
-from frugallm.kernels.packing import PackedLinear, pack, pack_quantized
+from frugallm.kernels.packing import PackedLinear, pack, pack_weight
 
-__all__ = ["PackedLinear", "pack", "pack_quantized", "path_name"]
+__all__ = ["PackedLinear", "pack", "pack_weight", "path_name"]

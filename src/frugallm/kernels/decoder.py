@@ -12,10 +12,11 @@ from torch import Tensor
 from frugallm.errors import ModelError
 from frugallm.formats.decoded import Decoded
 from frugallm.formats.packed_folder import PackedFolder
-from frugallm.formats.quantized_tensor import QuantizedTensor
-from frugallm.kernels.packing import Codes, PackedLinear, in_turns, joined, pack_float, pack_quantized
+from frugallm.kernels.gguf_codes import gguf_codes
+from frugallm.kernels.packing import Codes, PackedLinear, in_turns, joined, pack_weight, packable
 from frugallm.models.checkpoint import Checkpoint, meta_model
 from frugallm.models.family import Heads
+from frugallm.models.gguf_file import GGUFFile
 
 #: Values of ``model_type`` that a native step computes.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -174,7 +175,7 @@ def _layer(checkpoint: Checkpoint, index: int) -> DecoderLayer:
             bias = torch.cat([torch.zeros(n) if b is None else b for n, b in zip(rows, biases)])
         if turns:
             weights, bias = in_turns(weights), None if bias is None else in_turns(bias)  # type: ignore[assignment]
-        return weights.pack(bias) if isinstance(weights, Codes) else pack_float(weights, bias)
+        return pack_weight(weights, bias)
 
     def norm(path: str) -> Tensor:
         return checkpoint.tensor(f"{block}.{path}.weight").float()
@@ -192,7 +193,7 @@ def _layer(checkpoint: Checkpoint, index: int) -> DecoderLayer:
     )
 
 
-def _weight(checkpoint: Checkpoint, path: str) -> QuantizedTensor | Tensor:
+def _weight(checkpoint: Checkpoint, path: str) -> Codes | Tensor:
     """Return a linear's codes where it has some, else its values."""
     if isinstance(checkpoint, Decoded) and (scheme := checkpoint.scheme(path)) is not None:
         inputs = scheme.activations
@@ -207,12 +208,18 @@ def _weight(checkpoint: Checkpoint, path: str) -> QuantizedTensor | Tensor:
                 f"{checkpoint.where(f'{path}.weight')}: there is no kernel for inputs rounded as {inputs.label()}",
                 ELSEWHERE,
             )
-    codes = checkpoint.quantized(path) if isinstance(checkpoint, PackedFolder) else None
-    return checkpoint.tensor(f"{path}.weight") if codes is None else codes
+    if isinstance(checkpoint, PackedFolder) and (stored := checkpoint.quantized(path)) is not None:
+        return packable(stored)
+    if isinstance(checkpoint, GGUFFile):
+        kind, raw = checkpoint.stored(f"{path}.weight")
+        if (codes := gguf_codes(kind, raw)) is not None:
+            return codes
+        return checkpoint.tensor(f"{path}.weight").to(torch.bfloat16 if kind == "BF16" else torch.float32)
+    return checkpoint.tensor(f"{path}.weight")
 
 
 def _table(checkpoint: Checkpoint, path: str) -> PackedLinear:
-    return pack_quantized(_weight(checkpoint, path))
+    return pack_weight(_weight(checkpoint, path))
 
 
 def _optional(checkpoint: Checkpoint, names: set[str], name: str) -> Tensor | None:

@@ -247,40 +247,36 @@ def codes_of(weight: QuantizedTensor) -> Codes | None:
     return Codes(codes, scale.repeat_interleave(repeats, 1), zero, weight.scheme.bits, group)
 
 
-def pack_quantized(weight: QuantizedTensor | Tensor, bias: Tensor | None = None) -> PackedLinear:
-    """Pack a stored weight. What is on no integer grid is packed as the float32 values that it stands for."""
-    if isinstance(weight, Tensor):
-        return pack_float(weight, bias)
+def packable(weight: QuantizedTensor) -> Codes | Tensor:
+    """Return a stored weight's codes, or where it is on no integer grid the float32 values that it stands for."""
     codes = codes_of(weight)
-    return pack_float(weight.dequantize(), bias) if codes is None else codes.pack(bias)
+    return weight.dequantize() if codes is None else codes
 
 
-def joined(weights: Sequence[QuantizedTensor | Tensor]) -> Codes | Tensor:
+def pack_weight(weight: Codes | Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Pack codes or values."""
+    return weight.pack(bias) if isinstance(weight, Codes) else pack_float(weight, bias)
+
+
+def joined(weights: Sequence[Codes | Tensor]) -> Codes | Tensor:
     """Return the rows of several weights that read the same input as one weight, its values unchanged.
 
     Where they are stored in different forms, that is their values in float32.
     """
-    codes = [codes_of(w) for w in weights if isinstance(w, QuantizedTensor)]
-    forms = {(c.bits <= 4, c.group, c.zeros is None, c.zeros is None or c.zeros.dtype) for c in codes if c}
-    if len(forms) == 1 and len([c for c in codes if c]) == len(weights):
-        all_codes = [c for c in codes if c is not None]
-        zeros = [c.zeros for c in all_codes if c.zeros is not None]
-        bits = max(c.bits for c in all_codes)
-        if not zeros or zeros[0].dtype == torch.int8:
-            return Codes(
-                torch.cat([c.codes for c in all_codes]),
-                torch.cat([c.scales for c in all_codes]),
-                torch.cat(zeros) if zeros else None,
-                *(bits, all_codes[0].group),
-            )
-        if len({c.bits for c in all_codes}) == 1:
-            scales = torch.cat([c.scales for c in all_codes])
-            return Codes(
-                torch.cat([c.codes for c in all_codes]), scales, torch.cat(zeros), bits, all_codes[0].group
-            )
-    if all(isinstance(w, Tensor) and w.dtype == torch.bfloat16 for w in weights):
-        return torch.cat([w for w in weights if isinstance(w, Tensor)])
-    return torch.cat([w.dequantize() if isinstance(w, QuantizedTensor) else w.float() for w in weights])
+    codes = [w for w in weights if isinstance(w, Codes)]
+    forms = {(c.bits <= 4, c.group, None if c.zeros is None else c.zeros.dtype) for c in codes}
+    if len(codes) == len(weights) and len(forms) == 1:
+        zeros = [c.zeros for c in codes if c.zeros is not None]
+        return Codes(
+            torch.cat([c.codes for c in codes]),
+            torch.cat([c.scales.float() for c in codes]),
+            torch.cat(zeros) if zeros else None,
+            max(c.bits for c in codes),
+            codes[0].group,
+        )
+    values = [pack_weight(w).dequantize() if isinstance(w, Codes) else w for w in weights]
+    same = len({v.dtype for v in values}) == 1
+    return torch.cat(values if same else [v.float() for v in values])
 
 
 def in_turns(weights: Codes | Tensor) -> Codes | Tensor:

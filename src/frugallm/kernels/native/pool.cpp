@@ -1,5 +1,7 @@
 #include "pool.hpp"
 
+#include <unistd.h>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -33,7 +35,10 @@ private:
 
 }  // namespace
 
-Pool::Pool(int threads) {
+Pool::Pool(int threads) { start(threads); }
+
+void Pool::start(int threads) {
+    process_ = long(getpid());
     for (int thread = 1; thread < threads; thread++) workers_.emplace_back([this, thread] { work(thread); });
 }
 
@@ -47,7 +52,15 @@ Pool::~Pool() {
 }
 
 void Pool::run(Job job, void* context) {
+    std::lock_guard<std::mutex> turn(one_at_a_time_);
     FlushDenormals flush;
+    if (process_ != long(getpid())) {
+        int threads = size();
+        new std::vector<std::thread>(std::move(workers_));  // nothing may touch threads that are not in this process
+        workers_.clear();
+        epoch_ = 0, arrived_ = 0, phase_ = 0;
+        start(threads);
+    }
     if (!workers_.empty()) {
         std::lock_guard<std::mutex> lock(mutex_);
         job_ = job, context_ = context;

@@ -21,9 +21,12 @@ public:
     void barrier();                    // all threads of the running job
 
 private:
+    void start(int threads);
     void work(int thread);
 
     std::vector<std::thread> workers_;
+    long process_ = 0;       // threads do not survive a fork
+    std::mutex one_at_a_time_;  // callers
     std::mutex mutex_;
     std::condition_variable wake_;
     std::atomic<uint64_t> epoch_{0};
