@@ -108,6 +108,18 @@ def test_a_long_text_passes_chunks_of_the_cache():
     assert torch.equal(one_text(runner, tokens, 97, table), found)
 
 
+def test_threads_that_share_a_long_text_by_chunks_change_no_bit():
+    tokens = texts(1, 530)[0]
+    decoder = read_decoder(InMemory(tiny("mistral", sliding_window=270)))
+    one, three = (NativeRunner(decoder, blocks=40, threads=threads) for threads in (1, 3))
+    table = torch.arange(40, dtype=torch.int32)
+    expected = one_text(one, tokens, 530, table)
+    assert torch.equal(one_text(three, tokens[:520], 260, table), expected[:520])
+    for place in range(520, 530):  # one token has fewer heads than there are threads to feed
+        last = numbers(int(tokens[place])), numbers(place), numbers(0, 1)
+        assert torch.equal(three.step(*last, table[None], numbers(0))[0], expected[place])
+
+
 @pytest.mark.parametrize(
     "steps", [["rtn:bits=4,group_size=32", "embedding"], ["rtn:bits=8", "inputs:bits=8"]]
 )

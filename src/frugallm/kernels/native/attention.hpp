@@ -7,12 +7,15 @@
 namespace frugal {
 namespace {
 
-struct Partial {
-    float largest, total;
-    float values[WIDEST_HEAD];
-};
+constexpr float NOTHING = -__builtin_inff();
+
+inline void clear(Partial& part, int padded) {
+    part.largest = NOTHING, part.total = 0;
+    std::memset(part.values, 0, sizeof(float) * padded);
+}
 
 inline void add_chunk(Partial& all, const Partial& chunk, int padded) {
+    if (!(chunk.largest > NOTHING)) return;
     float largest = all.largest > chunk.largest ? all.largest : chunk.largest;
     v16 powers = exp_of(v16{all.largest - largest, chunk.largest - largest});
     v16 before = all_lanes(powers[0]), now = all_lanes(powers[1]);
@@ -84,10 +87,9 @@ inline void half_pair(const Cache& c, const int32_t* table, int j, uint32_t weig
 inline int weigh(const Cache& c, float* scores, int begin, int position, uint32_t* weights, Partial& part) {
     int seen = position + 1 - begin < CHUNK ? position + 1 - begin : CHUNK;
     int hidden = c.window > 0 && position + 1 - c.window > begin ? position + 1 - c.window - begin : 0;
-    const float none = -__builtin_inff();
-    for (int i = 0; i < hidden && i < seen; i++) scores[i] = none;
-    for (int i = seen; i < (seen + 15) / 16 * 16; i++) scores[i] = none;
-    v16 largest = all_lanes(none);
+    for (int i = 0; i < hidden && i < seen; i++) scores[i] = NOTHING;
+    for (int i = seen; i < (seen + 15) / 16 * 16; i++) scores[i] = NOTHING;
+    v16 largest = all_lanes(NOTHING);
     for (int i = 0; i < seen; i += 16) largest = max_of(largest, load<v16>(scores + i));
     part.largest = largest_of(largest);
     v16 total{};
@@ -104,10 +106,9 @@ inline int weigh(const Cache& c, float* scores, int begin, int position, uint32_
 }
 
 template <int N>
-void chunk_of(const Cache& c, const int32_t* table, const Query* q, int begin, Partial* all) {
+void chunk_of(const Cache& c, const int32_t* table, const Query* q, int begin, Partial* parts) {
     alignas(64) float scores[N][CHUNK];
     alignas(64) uint32_t weights[N][CHUNK / 2];
-    Partial parts[N];
     const int32_t* blocks = table + begin / BLOCK;
     int last = q[N - 1].position + 1 - begin, count = ((last < CHUNK ? last : CHUNK) + BLOCK - 1) / BLOCK, b = 0;
     constexpr int AT_ONCE = N <= 4 ? 4 : 1;
@@ -115,7 +116,7 @@ void chunk_of(const Cache& c, const int32_t* table, const Query* q, int begin, P
     for (; b < count; b++) scores_of<N, 1>(c, blocks + b, q, scores, b * BLOCK);
     int seen[N];
     for (int n = 0; n < N; n++) {
-        std::memset(parts[n].values, 0, sizeof(float) * c.padded);
+        clear(parts[n], c.padded);
         seen[n] = weigh(c, scores[n], begin, q[n].position, weights[n], parts[n]);
     }
     int common = seen[0] / 2;  // positions ascend, so the first query sees least
@@ -123,32 +124,44 @@ void chunk_of(const Cache& c, const int32_t* table, const Query* q, int begin, P
     for (int n = 0; n < N; n++) {
         values_of<1>(c, blocks, common, seen[n] / 2, weights + n, parts + n);
         if (seen[n] % 2) half_pair(c, blocks, seen[n] / 2, weights[n][seen[n] / 2], parts[n]);
-        if (parts[n].largest > -__builtin_inff()) add_chunk(all[n], parts[n], c.padded);
     }
 }
 
-// Queries of one head group of one sequence, positions ascending, at most QUERIES.
-void attend(const Cache& c, const int32_t* table, const Query* q, int count) {
-    Partial all[QUERIES];
-    for (int n = 0; n < count; n++) {
-        all[n].largest = -__builtin_inff(), all[n].total = 0;
-        std::memset(all[n].values, 0, sizeof(float) * c.padded);
-    }
-    int start = c.window > 0 && q[0].position + 1 > c.window ? q[0].position + 1 - c.window : 0;
-    for (int begin = start / CHUNK * CHUNK; begin <= q[count - 1].position; begin += CHUNK) {
-        int n = 0;  // queries before the chunk do not see it
-        while (q[n].position < begin) n++;
-        switch (count - n) {
+void attend_chunk(const Cache& c, const int32_t* table, const Query* q, int count, int begin, Partial* parts) {
+    int n = 0;
+    for (; n < count && q[n].position < begin; n++) clear(parts[n], c.padded);  // they do not see the chunk
+    switch (count - n) {
 #define CASE(k)                                          \
     case k:                                              \
-        chunk_of<k>(c, table, q + n, begin, all + n);    \
+        chunk_of<k>(c, table, q + n, begin, parts + n);  \
         break;
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
-        }
     }
-    for (int n = 0; n < count; n++)
-        for (int d = 0; d < c.head; d++) q[n].out[d] = all[n].values[d] / all[n].total;
+}
+
+inline void divide(const Cache& c, const Query& q, const Partial& all) {
+    for (int d = 0; d < c.head; d++) q.out[d] = all.values[d] / all.total;
+}
+
+void join(const Cache& c, const Query* q, int count, const Partial* parts, int chunks) {
+    for (int n = 0; n < count; n++) {
+        Partial all;
+        clear(all, c.padded);
+        for (int chunk = 0; chunk < chunks; chunk++) add_chunk(all, parts[chunk * QUERIES + n], c.padded);
+        divide(c, q[n], all);
+    }
+}
+
+void attend(const Cache& c, const int32_t* table, const Query* q, int count) {
+    Partial all[QUERIES], parts[QUERIES];
+    for (int n = 0; n < count; n++) clear(all[n], c.padded);
+    int start = c.window > 0 && q[0].position + 1 > c.window ? q[0].position + 1 - c.window : 0;
+    for (int begin = start / CHUNK * CHUNK; begin <= q[count - 1].position; begin += CHUNK) {
+        attend_chunk(c, table, q, count, begin, parts);
+        for (int n = 0; n < count; n++) add_chunk(all[n], parts[n], c.padded);
+    }
+    for (int n = 0; n < count; n++) divide(c, q[n], all[n]);
 }
 
 void write_cache(const Cache& c, int block, int slot, const float* key, const float* value) {

@@ -40,6 +40,12 @@ struct Query {
     int32_t position;
 };
 
+// What one chunk of positions gives a query: values are sums of weights times values, weights relative to the largest score.
+struct Partial {
+    float largest, total;  // -inf: nothing was seen
+    float values[WIDEST_HEAD];
+};
+
 // One layer's cache of one head: block b lies at keys + b * block_stride.
 struct Cache {
     uint16_t* keys;    // (padded head / 2, 16 slots, 2)
@@ -60,7 +66,11 @@ struct Ops {
     void (*silu_mul)(const float* gate, const float* up, int count, float* out);
     void (*to_bf16)(const float* x, int count, int padded, uint16_t* out);
     void (*write_cache)(const Cache&, int block, int slot, const float* key, const float* value);
+    // Queries of one head group of one sequence, positions ascending, at most QUERIES: all at once; or a chunk that begins at
+    // a multiple of CHUNK, and what all chunks (chunks, QUERIES) give together. Both ways give the same.
     void (*attend)(const Cache&, const int32_t* table, const Query* queries, int count);
+    void (*attend_chunk)(const Cache&, const int32_t* table, const Query* queries, int count, int begin, Partial* parts);
+    void (*join)(const Cache&, const Query* queries, int count, const Partial* parts, int chunks);
 };
 
 extern const Ops generic_ops, avx2_ops, avx512_ops, avx512bf16_ops;

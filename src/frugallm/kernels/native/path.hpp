@@ -51,6 +51,7 @@ void to_bf16(const float* x, int count, int padded, uint16_t* out) {
 
 }  // namespace
 
-const Ops PATH = {prepare, linear, embed, rms_norm, rotate, silu_mul, to_bf16, write_cache, attend};
+const Ops PATH = {prepare,  linear,      embed,  rms_norm,     rotate, silu_mul,
+                  to_bf16, write_cache, attend, attend_chunk, join};
 
 }  // namespace frugal

@@ -85,12 +85,14 @@ struct Stepper::Work {
     int64_t hidden, attended, inner, projected;  // strides
     int64_t words, groups;                       // the most of any weight
     int padded;
-    Buffer stream_, normed_, qkv_, attended_, inner_, pairs_, gathered_;
+    Buffer stream_, normed_, qkv_, attended_, inner_, pairs_, gathered_, partials_;
     float *stream, *normed, *qkv, *mixed, *gated, *gathered;
     uint16_t* pairs;
     std::vector<InputBuffers> inputs;  // the first is everybody's, the others one thread's
     std::vector<Buffer> own;
     std::vector<Item> items;
+    Partial* partials;
+    int chunks;  // of the longest text, if threads share them; else 1
 
     Work(const Ops& o, Pool& p, const Model& model) : ops(o), pool(p), m(model), inputs(p.size() + 1), own(p.size()) {
         hidden = room(m.hidden), attended = room(m.heads * m.head_dim), inner = room(m.inner);
@@ -111,7 +113,10 @@ struct Stepper::Work {
     void times(const Linear& w, const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride, int epilogue,
                int thread, const float* norm = nullptr);
     void place(const Layer& layer, const Cache& cache, int thread);
+    int queries_of(const Item& item, int key_head, int first, Query* queries) const;
+    const int32_t* table_of(const Item& item) const { return batch.tables + int64_t(item.sequence) * batch.table_width; }
     void attend(const Cache& cache, int thread);
+    void attend_by_chunks(const Cache& cache, int thread);
     void logits(int thread);
     Cache cache_of(int layer) const;
     Cache head_of(Cache cache, int head) const {
@@ -135,6 +140,10 @@ void Stepper::Work::begin(const Batch& b) {
     for (int s = 0; s < b.sequences; s++)
         for (int t = b.starts[s]; t < b.starts[s + 1]; t += tokens)
             items.push_back({s, t, std::min(t + tokens, b.starts[s + 1])});
+    int longest = *std::max_element(b.positions, b.positions + b.count);
+    bool few = int64_t(items.size()) * m.key_heads < 4 * pool.size() && pool.size() > 1 && group <= QUERIES;
+    chunks = few ? longest / CHUNK + 1 : 1;
+    partials = partials_.get<Partial>(chunks > 1 ? int64_t(items.size()) * m.key_heads * chunks * QUERIES : 0);
 }
 
 Cache Stepper::Work::cache_of(int layer) const {
@@ -186,23 +195,43 @@ void Stepper::Work::place(const Layer& layer, const Cache& cache, int thread) {
     }
 }
 
+// The queries of an item that share a head of keys, from the first of them on; returns how many there are.
+int Stepper::Work::queries_of(const Item& item, int key_head, int first, Query* queries) const {
+    int group = m.heads / m.key_heads, all = (item.last - item.first) * group, count = 0;
+    for (int i = first; i < all && count < QUERIES; i++) {
+        int64_t t = item.first + i / group, head = key_head * group + i % group;
+        queries[count++] = {(const uint32_t*)(pairs + (t * m.heads + head) * padded), mixed + t * attended + head * m.head_dim,
+                            batch.positions[t]};
+    }
+    return count;
+}
+
 void Stepper::Work::attend(const Cache& cache, int thread) {
-    int group = m.heads / m.key_heads;
+    if (chunks > 1) return attend_by_chunks(cache, thread);
+    Query queries[QUERIES];
     // Strided, as later items of a sequence see more.
     for (int64_t i = thread; i < int64_t(items.size()) * m.key_heads; i += pool.size()) {
         const Item& item = items[size_t(i / m.key_heads)];
         int key_head = int(i % m.key_heads), count = 0;
-        const int32_t* table = batch.tables + int64_t(item.sequence) * batch.table_width;
-        Cache head = head_of(cache, key_head);
-        Query queries[QUERIES];
-        for (int t = item.first; t < item.last; t++) {
-            for (int h = key_head * group; h < (key_head + 1) * group; h++) {
-                queries[count++] = {(const uint32_t*)(pairs + (int64_t(t) * m.heads + h) * padded),
-                                    mixed + t * attended + int64_t(h) * m.head_dim, batch.positions[t]};
-                if (count == QUERIES) ops.attend(head, table, queries, count), count = 0;
-            }
-        }
-        if (count > 0) ops.attend(head, table, queries, count);
+        for (int first = 0; (count = queries_of(item, key_head, first, queries)) > 0; first += count)
+            ops.attend(head_of(cache, key_head), table_of(item), queries, count);
+    }
+}
+
+// The same where there are few heads for many threads and long texts: threads share the chunks.
+void Stepper::Work::attend_by_chunks(const Cache& cache, int thread) {
+    int64_t pairs_of = int64_t(items.size()) * m.key_heads;
+    Query queries[QUERIES];
+    for (int64_t i = thread; i < pairs_of * chunks; i += pool.size()) {
+        int64_t unit = i / chunks, begin = i % chunks * CHUNK;
+        const Item& item = items[size_t(unit / m.key_heads)];
+        int key_head = int(unit % m.key_heads), count = queries_of(item, key_head, 0, queries);
+        ops.attend_chunk(head_of(cache, key_head), table_of(item), queries, count, int(begin), partials + i * QUERIES);
+    }
+    pool.barrier();
+    for (int64_t unit = thread; unit < pairs_of; unit += pool.size()) {
+        int count = queries_of(items[size_t(unit / m.key_heads)], int(unit % m.key_heads), 0, queries);
+        ops.join(cache, queries, count, partials + unit * chunks * QUERIES, chunks);
     }
 }
 
@@ -245,7 +274,7 @@ Stepper::~Stepper() { delete work_; }
 
 Fault Stepper::run(const Batch& batch) {
     Fault fault = check(work_->m, batch);
-    if (fault != FINE) return fault;
+    if (fault != FINE || batch.count == 0) return fault;
     try {
         work_->begin(batch);
     } catch (const std::bad_alloc&) {
