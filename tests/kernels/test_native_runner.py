@@ -35,6 +35,11 @@ KINDS = {
 LENGTH = 37
 
 
+@pytest.fixture(autouse=True)
+def native(monkeypatch):
+    monkeypatch.delenv("FRUGAL_KERNELS", raising=False)
+
+
 def tiny(kind, **changes):
     config = CONFIG_MAPPING[kind](**(SHAPE | KINDS.get(kind, {}) | changes))
     with torch.random.fork_rng(devices=[]):
