@@ -126,7 +126,7 @@ def test_threads_that_share_a_long_text_by_chunks_change_no_bit():
 
 
 @pytest.mark.parametrize(
-    "steps", [["rtn:bits=4,group_size=32", "embedding"], ["rtn:bits=8", "inputs:bits=8"]]
+    "steps", [["rtn:bits=4,group_size=8", "embedding"], ["rtn:bits=8,group_size=-1", "inputs:bits=8"]]
 )
 def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, steps):
     folder, values, stored = finished(tmp_path, tiny("llama"), steps)
@@ -137,7 +137,7 @@ def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, steps):
     tokens = texts(1)[0]
     expected = stored(tokens[None].long()).logits[0]
     found = one_text(NativeRunner(decoder, blocks=3, threads=1), tokens, LENGTH, numbers(0, 1, 2))
-    assert ((found - expected) ** 2).sum() / (expected**2).sum() < 1e-3  # inputs are rounded to int8 as well
+    assert ((found - expected) ** 2).sum() / (expected**2).sum() < 5e-3  # inputs are rounded to int8 as well
 
 
 def test_a_copied_block_holds_the_same():

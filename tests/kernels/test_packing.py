@@ -1,9 +1,10 @@
 """Packing loses nothing, whatever shape, grid and groups a weight has."""
 
-import gguf
 import numpy as np
 import pytest
 import torch
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 
 from frugallm.compress.quantize.rtn import RTN
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
@@ -109,9 +110,9 @@ def test_what_a_solver_returns_can_be_packed():
 @pytest.mark.parametrize("kind", TYPES)
 def test_codes_of_gguf_files(kind):
     weight = np.random.default_rng(0).standard_normal((20, 96)).astype(np.float32)
-    quantized = gguf.quantize(weight, gguf.GGMLQuantizationType[kind])
+    quantized = quantize(weight, GGMLQuantizationType[kind])
     packed = pack_weight(gguf_codes(kind, quantized))
-    expected = gguf.dequantize(quantized, gguf.GGMLQuantizationType[kind])
+    expected = dequantize(quantized, GGMLQuantizationType[kind])
     assert packed.kind == ("int4" if "4" in kind else "int8")
     torch.testing.assert_close(packed.dequantize(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
 
