@@ -10,7 +10,7 @@ namespace frugal {
 
 namespace {
 
-constexpr int SPINS_AT_BARRIER = 1 << 14;  // then the processor is offered to others, in case there are more threads than cores
+constexpr int SPINS_AT_BARRIER = 1 << 12;  // then the processor is offered to others, in case there are more threads than cores
 constexpr int SPINS_BETWEEN_STEPS = 1 << 10;
 
 inline void pause() {
