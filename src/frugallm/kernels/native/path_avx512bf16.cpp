@@ -1,0 +1,2 @@
+#define PATH avx512bf16_ops
+#include "path.hpp"

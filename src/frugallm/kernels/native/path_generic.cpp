@@ -1,0 +1,2 @@
+#define PATH generic_ops
+#include "path.hpp"

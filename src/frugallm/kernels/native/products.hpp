@@ -1,0 +1,296 @@
+// Weights times activations, for as many rows at once as registers hold.
+#pragma once
+
+#include "vectors.hpp"
+
+namespace frugal {
+namespace {
+
+// Rows are computed in blocks of these sizes, the largest that fits first. A row's result is the same in each.
+#if defined(__AVX512F__)
+#define FRUGAL_BLOCKS(X) X(12) X(8) X(6) X(4) X(3) X(2) X(1)
+constexpr int LARGEST = 12;
+#else
+#define FRUGAL_BLOCKS(X) X(4) X(2) X(1)
+constexpr int LARGEST = 4;
+#endif
+constexpr int64_t CHUNK_BYTES = 256 << 10;  // weights that stay in the second cache while rows pass
+
+struct RowBlock {
+    int64_t first;
+    int size;
+};
+
+inline int block_size(int64_t left) {
+#define FITS(n) \
+    if (left >= n) return n;
+    FRUGAL_BLOCKS(FITS)
+#undef FITS
+    return 0;
+}
+
+inline RowBlock block_of(int64_t row, int64_t rows) {
+    int64_t first = row / LARGEST * LARGEST;
+    if (first + LARGEST <= rows) return {first, LARGEST};
+    first = rows / LARGEST * LARGEST;
+    for (;;) {
+        int size = block_size(rows - first);
+        if (row < first + size) return {first, size};
+        first += size;
+    }
+}
+
+inline int inputs_per_word(int kind) { return kind == BF16 ? 2 : kind == F32 ? 1 : 4; }
+inline int inputs_per_line(int kind) { return kind == INT4 ? 8 : inputs_per_word(kind); }
+
+// Round one group to int8: largest magnitude on 127. Returns the sum of the codes.
+inline int32_t round_group(const float* x, int group, int8_t* codes, float* scale) {
+    v16 largest{};
+    for (int i = 0; i < group; i += 16) {
+        v16 v{};
+        std::memcpy(&v, x + i, 4 * (group - i < 16 ? group - i : 16));
+        largest = max_of(largest, max_of(v, -v));
+    }
+    float top = largest_of(largest);
+    bool nothing = top < 1e-30f;
+    float inverse = nothing ? 0.0f : 127.0f / top;
+    *scale = nothing ? 0.0f : top / 127.0f;
+    i16 sum{};
+    for (int i = 0; i < group; i += 16) {
+        int count = group - i < 16 ? group - i : 16;
+        v16 v{};
+        std::memcpy(&v, x + i, 4 * count);
+        i16 rounded = as_int(v * inverse + ROUND) - 0x4B400000;
+        sum = sum + rounded;
+        b16 bytes = __builtin_convertvector(rounded, b16);
+        std::memcpy(codes + i, &bytes, count);
+    }
+    int32_t total = 0;
+    for (int i = 0; i < 16; i++) total += sum[i];
+    return total;
+}
+
+void prepare_codes(const Linear& w, const float* x, RowBlock block, int m, Inputs& to) {
+    alignas(64) int8_t codes[1024];
+    uint32_t* words = to.words + block.first * to.stride + m;
+    for (int g = 0; g < w.groups; g++) {
+        int64_t at = block.first * to.group_stride + int64_t(g) * block.size + m;
+        to.sums[at] = round_group(x + int64_t(g) * w.group, w.group, codes, to.scales + at);
+        for (int k = 0; k < w.group / 4; k++, words += block.size) *words = read<uint32_t>(codes + 4 * k);
+    }
+}
+
+void prepare(const Linear& w, const float* x, int64_t x_stride, int64_t first, int64_t last, Inputs& to) {
+    for (int64_t row = first; row < last; row++) {
+        const float* from = x + row * x_stride;
+        RowBlock block = block_of(row, to.rows);
+        int m = int(row - block.first);
+        if (w.kind == INT4 || w.kind == INT8) {
+            prepare_codes(w, from, block, m, to);
+            continue;
+        }
+        uint32_t* words = to.words + block.first * to.stride + m;
+        int64_t width = int64_t(w.groups) * w.group;
+        if (w.kind == BF16)
+            for (int64_t k = 0; k < width; k += 2, words += block.size)
+                *words = bf16_of(from[k]) | uint32_t(bf16_of(from[k + 1])) << 16;
+        else
+            for (int64_t k = 0; k < width; k++, words += block.size) *words = read<uint32_t>(from + k);
+    }
+}
+
+// Exact sums of products of a group's codes, sixteen rows by M rows of activations; x goes on to the next group.
+template <int M, int KIND>
+inline void group_sums(const uint8_t* line, int lines, const uint32_t* x, i16* sum) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
+    __m256i first[M], second[M];  // rows 0 to 7 and 8 to 15
+    UNROLL for (int m = 0; m < M; m++) first[m] = second[m] = _mm256_setzero_si256();
+    for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 * M : M) {
+        __m256i a = _mm256_loadu_si256((const __m256i*)line), b = _mm256_loadu_si256((const __m256i*)(line + 32));
+        UNROLL for (int m = 0; m < M; m++) {
+            __m256i q = _mm256_set1_epi32(int32_t(x[m]));
+            if (KIND == INT8) {
+                first[m] = _mm256_add_epi32(first[m], signed_dot4(a, q));
+                second[m] = _mm256_add_epi32(second[m], signed_dot4(b, q));
+                continue;
+            }
+            __m256i r = _mm256_set1_epi32(int32_t(x[M + m]));  // four products of 15 * 127 fit into 16 bits
+            __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(a, nibble), q);
+            __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), r);
+            first[m] = _mm256_add_epi32(first[m], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
+            low = _mm256_maddubs_epi16(_mm256_and_si256(b, nibble), q);
+            high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble), r);
+            second[m] = _mm256_add_epi32(second[m], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+        std::memcpy(sum + m, first + m, 32);
+        std::memcpy((char*)(sum + m) + 32, second + m, 32);
+    }
+#else
+    UNROLL for (int m = 0; m < M; m++) sum[m] = i16{};
+    for (int l = 0; l < lines; l++, line += 64) {
+        i16 v = load<i16>(line);
+        if (KIND == INT8) {
+            UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], v, x + m);
+            x += M;
+            continue;
+        }
+        i16 low = v & 0x0f0f0f0f, high = (v >> 4) & 0x0f0f0f0f;
+        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], low, x + m);
+        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], high, x + M + m);
+        x += 2 * M;
+    }
+#endif
+}
+
+// acc[m] = sum over groups, first to last, of (scale of the row's weights * scale of the inputs) * (exact sum of products).
+template <int M, int KIND>
+inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, int tile, v16* acc) {
+    const int lines = w.group / (KIND == INT4 ? 8 : 4);
+    const uint8_t* line = w.lines + int64_t(tile) * w.groups * lines * 64;
+    const uint32_t* x = in.words + row * in.stride;
+    const float* scales = in.scales + row * in.group_stride;
+    const int32_t* sums = in.sums + row * in.group_stride;
+    const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
+    const int32_t offset = (KIND == INT4 ? 8 : BYTE_OFFSET) - (minima ? (KIND == INT4 ? 8 : 128) : 0);
+    UNROLL for (int m = 0; m < M; m++) acc[m] = v16{};
+    int64_t at = int64_t(tile) * w.groups * TILE;
+    for (int g = 0; g < w.groups; g++, at += TILE, scales += M, sums += M) {
+        i16 sum[M];
+        group_sums<M, KIND>(line, lines, x, sum);
+        line += lines * 64, x += w.group / 4 * M;
+        v16 scale = numbers(w.scales, at, w.scale_type);
+        if (w.zero_type == NUM_INT8) {
+            i16 zero = __builtin_convertvector(load<b16>((const int8_t*)w.zeros + at), i16) + offset;
+            UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - zero * sums[m];
+        } else {
+            UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - offset * sums[m];
+        }
+        UNROLL for (int m = 0; m < M; m++)
+            acc[m] = acc[m] + __builtin_convertvector(sum[m], v16) * (scale * scales[m]);
+        if (minima) {
+            v16 least = numbers(w.zeros, at, w.zero_type);
+            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + least * (float(sums[m]) * scales[m]);
+        }
+    }
+}
+
+// acc[m] = (sum over even lines) + (sum over odd lines), a line at a time.
+template <int M, int KIND>
+inline void products_of_floats(const Linear& w, const Inputs& in, int64_t row, int tile, v16* acc) {
+    const int64_t lines = int64_t(w.groups) * 2;
+    const uint8_t* line = w.lines + int64_t(tile) * lines * 64;
+    const uint32_t* x = in.words + row * in.stride;
+    v16 odd[M];
+    UNROLL for (int m = 0; m < M; m++) acc[m] = odd[m] = v16{};
+    for (int64_t l = 0; l < lines; l += 2, line += 128, x += 2 * M) {
+        i16 first = load<i16>(line), second = load<i16>(line + 64);
+        if (KIND == BF16) {
+            UNROLL for (int m = 0; m < M; m++) acc[m] = dot2(acc[m], first, x[m]);
+            UNROLL for (int m = 0; m < M; m++) odd[m] = dot2(odd[m], second, x[M + m]);
+        } else {
+            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + as_float(first) * read<float>(x + m);
+            UNROLL for (int m = 0; m < M; m++) odd[m] = odd[m] + as_float(second) * read<float>(x + M + m);
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + odd[m];
+}
+
+template <int M, int KIND>
+inline void products(const Linear& w, const Inputs& in, int64_t row, int tile, v16* acc) {
+    if (KIND == INT4 || KIND == INT8)
+        products_of_codes<M, KIND>(w, in, row, tile, acc);
+    else
+        products_of_floats<M, KIND>(w, in, row, tile, acc);
+    if (w.bias != nullptr) {
+        v16 bias = load<v16>(w.bias + int64_t(tile) * TILE);
+        UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + bias;
+    }
+}
+
+template <int M, int KIND>
+void row_block(const Linear& w, const Inputs& in, int64_t row, int first, int last, float* out, int64_t stride, int epilogue) {
+    v16 acc[M], up[M];
+    float* to = out + row * stride;
+    for (int tile = first; tile < last; tile += epilogue == SILU_MUL ? 2 : 1) {
+        products<M, KIND>(w, in, row, tile, acc);
+        int64_t column = int64_t(tile) * TILE;
+        if (epilogue == SILU_MUL) {  // even tiles hold the gate, odd ones what it multiplies
+            products<M, KIND>(w, in, row, tile + 1, up);
+            for (int m = 0; m < M; m++) acc[m] = silu_of(acc[m]) * up[m];
+            column /= 2;
+        }
+        for (int m = 0; m < M; m++) {
+            float* place = to + m * stride + column;
+            store(place, epilogue == ADD ? load<v16>(place) + acc[m] : acc[m]);
+        }
+    }
+}
+
+template <int KIND>
+void rows_and_tiles(const Linear& w, const Inputs& in, int64_t first_row, int64_t last_row, int first, int last, float* out,
+                    int64_t stride, int epilogue) {
+    int64_t tile_bytes = int64_t(w.groups) * w.group / inputs_per_line(KIND) * 64;
+    int step = int(CHUNK_BYTES / tile_bytes) / 2 * 2;
+    step = step < 2 ? 2 : step;
+    for (int tile = first; tile < last; tile += step) {
+        int end = tile + step < last ? tile + step : last;
+        for (int64_t row = first_row; row < last_row;) {
+            RowBlock block = block_of(row, in.rows);
+            switch (block.size) {
+#define CASE(n)                                                             \
+    case n:                                                                 \
+        row_block<n, KIND>(w, in, row, tile, end, out, stride, epilogue);   \
+        break;
+                FRUGAL_BLOCKS(CASE)
+#undef CASE
+            }
+            row += block.size;
+        }
+    }
+}
+
+// Rows first_row to last_row, which begin and end with a block, times the weights of some tiles.
+void linear(const Linear& w, const Inputs& in, int64_t first_row, int64_t last_row, int first, int last, float* out,
+            int64_t stride, int epilogue) {
+    auto run = w.kind == INT4   ? rows_and_tiles<INT4>
+               : w.kind == INT8 ? rows_and_tiles<INT8>
+               : w.kind == BF16 ? rows_and_tiles<BF16>
+                                : rows_and_tiles<F32>;
+    run(w, in, first_row, last_row, first, last, out, stride, epilogue);
+}
+
+// One row of a packed weight as floats: what a token is embedded as.
+void embed(const Linear& w, int row, float* out) {
+    const int per_line = inputs_per_line(w.kind), tile = row / TILE, lane = row % TILE;
+    const int64_t padded = int64_t(w.groups) * w.group;
+    const uint8_t* base = w.lines + int64_t(tile) * (padded / per_line) * 64 + 4 * lane;
+    if (w.kind == F32 || w.kind == BF16) {
+        for (int k = 0; k < w.width; k++) {
+            const uint8_t* at = base + int64_t(k / per_line) * 64;
+            uint32_t bits = w.kind == F32 ? read<uint32_t>(at) : uint32_t(read<uint16_t>(at + 2 * (k % 2))) << 16;
+            out[k] = read<float>(&bits);
+        }
+        return;
+    }
+    for (int g = 0; g < w.groups; g++) {
+        int64_t number = (int64_t(tile) * w.groups + g) * TILE + lane;
+        float scale = number_at(w.scales, number, w.scale_type), least = 0;
+        int zero = w.kind == INT4 ? 8 : 128;
+        if (w.zero_type == NUM_INT8)
+            zero += ((const int8_t*)w.zeros)[number];
+        else if (w.zero_type != NONE)
+            zero = 0, least = number_at(w.zeros, number, w.zero_type);
+        int end = (g + 1) * w.group < w.width ? (g + 1) * w.group : w.width;
+        for (int k = g * w.group; k < end; k++) {
+            uint8_t byte = base[int64_t(k / per_line) * 64 + k % 4];
+            int code = w.kind == INT8 ? byte : k % 8 < 4 ? byte & 15 : byte >> 4;
+            out[k] = scale * float(code - zero) + least;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace frugal

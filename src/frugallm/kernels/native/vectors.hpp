@@ -1,0 +1,167 @@
+// Sixteen lanes, the same on every path: compilers split them into what the processor has. No product is ever fused
+// with a sum, so every path rounds the same way.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.hpp"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace frugal {
+namespace {
+
+typedef float v16 __attribute__((vector_size(64), aligned(64)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(64)));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(64)));
+typedef uint16_t h16 __attribute__((vector_size(32), aligned(32)));
+typedef int8_t b16 __attribute__((vector_size(16), aligned(16)));
+
+template <class V>
+inline V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof(V));
+    return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof(V));
+}
+
+inline v16 all_lanes(float x) { return v16{} + x; }
+inline i16 all_int(int32_t x) { return i16{} + x; }
+inline v16 as_float(i16 x) { return (v16)x; }
+inline i16 as_int(v16 x) { return (i16)x; }
+inline v16 max_of(v16 a, v16 b) { return a > b ? a : b; }
+
+template <class T>
+inline T read(const void* from) {
+    T x;
+    std::memcpy(&x, from, sizeof(T));
+    return x;
+}
+
+// Sum and largest of the lanes, by halves: lane i with i + 8, then + 4, + 2, + 1.
+inline float sum_of(v16 v) {
+    float a[16];
+    store(a, v);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) a[i] = a[i] + a[i + half];
+    return a[0];
+}
+
+inline float largest_of(v16 v) {
+    float a[16];
+    store(a, v);
+    for (int half = 8; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+    return a[0];
+}
+
+inline v16 from_bf16(h16 x) { return as_float((i16)(__builtin_convertvector(x, u16) << 16)); }
+
+inline uint16_t bf16_of(float x) {  // to nearest, ties to even; NaN stays one
+    uint32_t u = read<uint32_t>(&x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 0x40);
+    return uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+inline v16 from_f16(const void* from) {
+#if defined(__AVX512F__)
+    return (v16)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
+#else
+    u16 h = __builtin_convertvector(load<h16>(from), u16);
+    u16 sign = (h & 0x8000u) << 16, bits = h & 0x7fffu;
+    v16 normal = (v16)((bits << 13) + (112u << 23));
+    v16 small = __builtin_convertvector((i16)bits, v16) * 5.9604644775390625e-8f;  // 2^-24
+    u16 magnitude = bits < 0x400u ? (u16)small : (u16)normal;
+    return (v16)(magnitude | sign);
+#endif
+}
+
+// Sixteen stored scales or minima.
+inline v16 numbers(const void* base, int64_t index, int32_t type) {
+    if (type == NUM_BF16) return from_bf16(load<h16>((const uint16_t*)base + index));
+    if (type == NUM_F16) return from_f16((const uint16_t*)base + index);
+    return load<v16>((const float*)base + index);
+}
+
+inline float number_at(const void* base, int64_t index, int32_t type) { return numbers(base, index / 16 * 16, type)[index % 16]; }
+
+constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, ties to even
+
+// exp(x) for x <= 88 or so, a polynomial of degree 6 over [-ln 2 / 2, ln 2 / 2]; 0 below -60.
+inline v16 exp_of(v16 x) {
+    v16 n = x * 1.44269504088896341f + ROUND;
+    i16 shift = (as_int(n) - 0x4B400000) << 23;
+    n = n - ROUND;
+    v16 r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    v16 p = all_lanes(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    v16 y = p * (r * r) + r;
+    y = y + 1.0f;
+    y = as_float(as_int(y) + shift);
+    return x < -60.0f ? v16{} : y;
+}
+
+inline v16 silu_of(v16 x) {
+    v16 clipped = x > 60.0f ? all_lanes(60.0f) : x;
+    clipped = clipped < -60.0f ? all_lanes(-60.0f) : clipped;
+    return x / (exp_of(-clipped) + 1.0f);
+}
+
+// ------------------------------------------------------------------------------------------------ products of codes
+
+#if defined(__AVX512VNNI__)
+
+inline i16 dot4(i16 sum, i16 weights, const uint32_t* x) {
+    return (i16)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, _mm512_set1_epi32(int32_t(*x)));
+}
+constexpr int BYTE_OFFSET = 128;
+
+#elif defined(__AVX2__)
+
+// |c| * (q with the sign of c) fits pairs of products into 16 bits, which c + 128 times q does not.
+inline __m256i signed_dot4(__m256i stored, __m256i q) {
+    __m256i c = _mm256_xor_si256(stored, _mm256_set1_epi8(-128));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(q, c));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+constexpr int BYTE_OFFSET = 0;  // what sums of bytes count too much for every input
+
+#else
+
+inline i16 dot4(i16 sum, i16 weights, const uint32_t* x) {
+    for (int i = 0; i < 4; i++) sum = sum + ((weights >> (8 * i)) & 255) * int32_t(int8_t(*x >> (8 * i)));
+    return sum;
+}
+constexpr int BYTE_OFFSET = 128;
+
+#endif
+
+// ----------------------------------------------------------------------------------------------- products of bf16
+
+// sum + products of sixteen pairs of bf16 (64 bytes) with one pair.
+inline v16 dot2(v16 sum, i16 weights, uint32_t pair) {
+#if defined(__AVX512BF16__)
+    return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(int32_t(pair)));
+#else
+    uint32_t low = pair << 16, high = pair & 0xffff0000u;
+    v16 even = as_float(weights << 16) * read<float>(&low);
+    v16 odd = as_float(weights & int32_t(0xffff0000u)) * read<float>(&high);
+    return (sum + odd) + even;  // as the instruction does it
+#endif
+}
+
+}  // namespace
+}  // namespace frugal

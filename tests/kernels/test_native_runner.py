@@ -1,0 +1,188 @@
+"""A native step computes what the plain model computes, and a token's result depends on its own sequence alone."""
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from finished_run import finished
+from frugallm.errors import ModelError, ParameterError
+from frugallm.formats.decoded import Decoded
+from frugallm.kernels import library
+from frugallm.kernels.decoder import read_decoder
+from frugallm.kernels.native_runner import NativeRunner
+from frugallm.models.in_memory import InMemory
+
+PATHS = library.usable_paths()
+pytestmark = pytest.mark.skipif(not PATHS, reason="the native kernels are not built")
+SHAPE = {
+    "vocab_size": 70,
+    "hidden_size": 64,
+    "intermediate_size": 104,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 640,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+KINDS = {
+    "llama": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 9, "head_dim": 20},
+    "qwen2": {"num_key_value_heads": 4},
+    "qwen3": {"head_dim": 32, "num_key_value_heads": 1},
+}
+LENGTH = 37
+
+
+@pytest.fixture(autouse=True)
+def native(monkeypatch):
+    monkeypatch.delenv("FRUGAL_KERNELS", raising=False)
+
+
+def tiny(kind, **changes):
+    config = CONFIG_MAPPING[kind](**(SHAPE | KINDS.get(kind, {}) | changes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.data.copy_(noise * 0.15 if parameter.ndim > 1 else parameter + noise * 0.1)
+    model.set_attn_implementation("eager")
+    return model.requires_grad_(False).eval()
+
+
+def texts(count, length=LENGTH):
+    generator = torch.Generator().manual_seed(length)
+    return torch.randint(0, 70, (count, length), generator=generator, dtype=torch.int32)
+
+
+def numbers(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def one_text(runner, tokens, chunk, table, rows=None):
+    """Return the logits of all tokens of one text, computed in chunks."""
+    out = []
+    for start in range(0, len(tokens), chunk):
+        some = tokens[start : start + chunk]
+        positions = torch.arange(start, start + len(some), dtype=torch.int32)
+        wanted = torch.arange(len(some), dtype=torch.int32)
+        out.append(runner.step(some, positions, numbers(0, len(some)), table[None], wanted))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_computes_the_plain_model(kind):
+    model = tiny(kind)
+    tokens = texts(1)[0]
+    expected = model(tokens[None].long()).logits[0]
+    runner = NativeRunner(read_decoder(InMemory(model)), blocks=8, threads=1)
+    found = one_text(runner, tokens, LENGTH, numbers(5, 2, 7))
+    error = ((found - expected) ** 2).sum() / (expected**2).sum()
+    assert error < 1e-4  # keys, values and weights of attention are bf16
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_neither_chunks_nor_neighbours_nor_threads_nor_blocks_change_a_bit(path):
+    decoder = read_decoder(InMemory(tiny("llama")))
+    some = texts(3)
+    plain = NativeRunner(decoder, blocks=12, threads=1, path="generic")
+    expected = [one_text(plain, text, LENGTH, numbers(0, 1, 2)) for text in some]
+    for threads, chunk in ((1, 1), (2, 7), (3, 16)):
+        runner = NativeRunner(decoder, blocks=12, threads=threads, path=path)
+        for text, logits in zip(some, expected):
+            assert torch.equal(one_text(runner, text, chunk, numbers(9, 3, 11)), logits)
+    runner = NativeRunner(decoder, blocks=12, threads=2, path=path)
+    tables = numbers(0, 1, 2, 3, 4, 5, 6, 7, 8).view(3, 3)
+    places = torch.arange(LENGTH, dtype=torch.int32)
+    starts = numbers(0, LENGTH, 2 * LENGTH, 3 * LENGTH)
+    together = runner.step(some.flatten(), places.repeat(3), starts, tables, torch.arange(3 * LENGTH))
+    assert torch.equal(together, torch.cat(expected))
+
+
+def test_a_long_text_passes_chunks_of_the_cache():
+    model = tiny("llama")
+    tokens = texts(1, 600)[0]
+    expected = model(tokens[None].long()).logits[0]
+    runner = NativeRunner(read_decoder(InMemory(model)), blocks=40, threads=1)
+    table = torch.arange(40, dtype=torch.int32).flip(0)
+    found = one_text(runner, tokens, 250, table)
+    assert ((found - expected) ** 2).sum() / (expected**2).sum() < 1e-4
+    assert torch.equal(one_text(runner, tokens, 97, table), found)
+
+
+def test_threads_that_share_a_long_text_by_chunks_change_no_bit():
+    tokens = texts(1, 530)[0]
+    decoder = read_decoder(InMemory(tiny("mistral", sliding_window=270)))
+    one, three = (NativeRunner(decoder, blocks=40, threads=threads) for threads in (1, 3))
+    table = torch.arange(40, dtype=torch.int32)
+    expected = one_text(one, tokens, 530, table)
+    assert torch.equal(one_text(three, tokens[:520], 260, table), expected[:520])
+    for place in range(520, 530):  # one token has fewer heads than there are threads to feed
+        last = numbers(int(tokens[place])), numbers(place), numbers(0, 1)
+        assert torch.equal(three.step(*last, table[None], numbers(0))[0], expected[place])
+
+
+@pytest.mark.parametrize(
+    "steps", [["rtn:bits=4,group_size=8", "embedding"], ["rtn:bits=8,group_size=-1", "inputs:bits=8"]]
+)
+def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, steps):
+    folder, values, stored = finished(tmp_path, tiny("llama"), steps)
+    decoder = read_decoder(Decoded(folder))
+    layer = decoder.layers[0]
+    assert layer.down.kind == ("int4" if "4" in steps[0] else "int8")
+    assert torch.equal(layer.down.dequantize(), values["model.layers.0.mlp.down_proj.weight"].float())
+    tokens = texts(1)[0]
+    expected = stored(tokens[None].long()).logits[0]
+    found = one_text(NativeRunner(decoder, blocks=3, threads=1), tokens, LENGTH, numbers(0, 1, 2))
+    assert ((found - expected) ** 2).sum() / (expected**2).sum() < 5e-3  # inputs are rounded to int8 as well
+
+
+def test_a_copied_block_holds_the_same():
+    runner = NativeRunner(read_decoder(InMemory(tiny("llama"))), blocks=4, threads=1)
+    tokens = texts(1)[0]
+    expected = one_text(runner, tokens, LENGTH, numbers(0, 1, 2))
+    runner.copy_block(0, 3)
+    last = numbers(int(tokens[-1])), numbers(LENGTH - 1), numbers(0, 1)
+    again = runner.step(*last, numbers(3, 1, 2)[None], numbers(0))
+    assert torch.equal(again[0], expected[-1])
+
+
+@pytest.mark.parametrize(
+    ("what", "changes"),
+    [
+        ("vocabulary", {"tokens": numbers(70)}),
+        ("position", {"positions": numbers(640)}),
+        ("block", {"tables": numbers(4)[None]}),
+        ("block", {"tables": numbers(-1)[None]}),
+        ("row", {"logits_rows": numbers(1)}),
+        ("starts", {"starts": numbers(0, 2)}),
+    ],
+)
+def test_what_does_not_fit_is_refused(what, changes):
+    runner = NativeRunner(read_decoder(InMemory(tiny("llama"))), blocks=4, threads=1)
+    fine = {
+        "tokens": numbers(3),
+        "positions": numbers(0),
+        "starts": numbers(0, 1),
+        "tables": numbers(0)[None],
+        "logits_rows": numbers(0),
+    }
+    assert runner.step(**fine).shape == (1, 70)
+    with pytest.raises(ParameterError, match=what):
+        runner.step(**(fine | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"head_dim": 512}, "512"),
+    ],
+)
+def test_models_without_a_native_step_are_refused(changes, reason):
+    with pytest.raises(ModelError, match=reason):
+        read_decoder(InMemory(tiny("llama", **changes)))
