@@ -1,7 +1,7 @@
 """Tiny models of every family that the engine computes, with random weights."""
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 COMMON = {
     "vocab_size": 61,
@@ -39,8 +39,7 @@ def tiny(kind: str, **changes):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for name, parameter in model.named_parameters():
-            parameter.data.normal_(0.0, 0.3) if parameter.ndim > 1 else parameter.data.add_(
-                torch.randn_like(parameter) * 0.1
-            )
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.data.copy_(noise * 0.3 if parameter.ndim > 1 else parameter + noise * 0.1)
     return model.requires_grad_(False).eval()

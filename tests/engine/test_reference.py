@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_decoders import SPECIAL, tiny
 
 from frugallm.engine.reference import ReferenceRunner, why_not
 from frugallm.errors import ModelError
+from tiny_decoders import SPECIAL, tiny
 
 TEXT = torch.randint(2, 61, (37,), generator=torch.Generator().manual_seed(3))
 
@@ -43,8 +43,8 @@ def test_neither_neighbours_nor_chunks_nor_blocks_change_a_bit(kind):
     assert torch.equal(third, alone[[20, 36]])
 
 
-def test_a_copied_block_holds_the_same(kind="llama"):
-    runner = ReferenceRunner(tiny(kind), 4)
+def test_a_copied_block_holds_the_same(small_llama):
+    runner = ReferenceRunner(small_llama, 4)
     step(runner, [(TEXT[:16], 0, [0])])
     before = step(runner, [(TEXT[16:17], 16, [0, 1])])
     runner.copy_block(0, 3)
