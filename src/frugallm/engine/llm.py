@@ -195,7 +195,7 @@ class LLM:
         try:
             return list(
                 self.tokenizer.apply_chat_template(
-                    list(prompt), add_generation_prompt=True, return_dict=True, verbose=False
+                    list(prompt), add_generation_prompt=True, return_dict=True
                 )["input_ids"]
             )
         except TemplateError as error:
