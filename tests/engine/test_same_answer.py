@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from frugallm.engine.reference import ReferenceRunner
 from frugallm.engine.sampling import SamplingParams
 from small_engine import small_engine
 from tiny_decoders import tiny
@@ -34,7 +35,10 @@ def seen(request):
 def alone(small_llama, letters):
     """Every request in an engine of its own."""
     return [
-        [answer_alone(small_engine(small_llama, letters), prompt, params) for prompt in PROMPTS]
+        [
+            answer_alone(small_engine(letters, ReferenceRunner(small_llama, 40)), prompt, params)
+            for prompt in PROMPTS
+        ]
         for params in PARAMS
     ]
 
@@ -57,33 +61,33 @@ def together(engine, params, stagger=0):
 
 @pytest.mark.parametrize("which", [0, 1], ids=["greedy", "sampled"])
 class TestSame:
-    def test_in_one_batch(self, make_engine, alone, which):
-        engine = make_engine()
+    def test_in_one_batch(self, make_engine, small_llama, alone, which):
+        engine = make_engine(small_llama)
         assert together(engine, PARAMS[which]) == alone[which]
         assert engine.steps < 12
 
-    def test_coming_one_after_another(self, make_engine, alone, which):
-        assert together(make_engine(sequences=4), PARAMS[which], stagger=3) == alone[which]
+    def test_coming_one_after_another(self, make_engine, small_llama, alone, which):
+        assert together(make_engine(small_llama, sequences=4), PARAMS[which], stagger=3) == alone[which]
 
     @pytest.mark.parametrize("step", [1, 7])
-    def test_in_chunks(self, make_engine, alone, which, step):
-        assert together(make_engine(step=step), PARAMS[which]) == alone[which]
+    def test_in_chunks(self, make_engine, small_llama, alone, which, step):
+        assert together(make_engine(small_llama, step=step), PARAMS[which]) == alone[which]
 
-    def test_with_known_prefixes(self, make_engine, alone, which):
-        engine = make_engine()
+    def test_with_known_prefixes(self, make_engine, small_llama, alone, which):
+        engine = make_engine(small_llama)
         together(engine, PARAMS[which])
         first = engine.computed
         assert together(engine, PARAMS[which]) == alone[which]
         assert engine.computed - first < 0.7 * first
 
-    def test_with_too_little_cache_for_all(self, make_engine, alone, which):
-        engine = make_engine(blocks=5)
+    def test_with_too_little_cache_for_all(self, make_engine, small_llama, alone, which):
+        engine = make_engine(small_llama, blocks=5)
         assert together(engine, PARAMS[which]) == alone[which]
         assert engine.scheduler.preemptions > 0
 
     @pytest.mark.parametrize("every", [1, 2])
-    def test_with_everything_preempted_again_and_again(self, make_engine, alone, which, every):
-        engine = make_engine()
+    def test_with_everything_preempted_again_and_again(self, make_engine, small_llama, alone, which, every):
+        engine = make_engine(small_llama)
         requests = [engine.add(prompt, PARAMS[which]) for prompt in PROMPTS]
         for number in range(1, 100):
             engine.step()
@@ -99,8 +103,8 @@ class TestSame:
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "qwen2", "qwen3"])
 def test_every_family_in_a_batch_with_chunks_and_little_cache(make_engine, kind):
     model = tiny(kind)
-    alone = [answer_alone(make_engine(model=model), prompt, SAMPLED) for prompt in PROMPTS[:4]]
-    engine = make_engine(model=model, blocks=5, step=9)
+    alone = [answer_alone(make_engine(model), prompt, SAMPLED) for prompt in PROMPTS[:4]]
+    engine = make_engine(model, blocks=5, step=9)
     requests = [engine.add(prompt, SAMPLED) for prompt in PROMPTS[:4]]
     engine.finish(*requests)
     assert [seen(request) for request in requests] == alone
@@ -109,7 +113,7 @@ def test_every_family_in_a_batch_with_chunks_and_little_cache(make_engine, kind)
 
 def test_greedy_is_that_of_transformers(make_engine, small_llama):
     """The plain model has no bit-equal twin here, so near ties could differ; these prompts have none."""
-    engine = make_engine()
+    engine = make_engine(small_llama)
     for prompt in PROMPTS[:3]:
         expected = small_llama.generate(
             torch.tensor([prompt]),

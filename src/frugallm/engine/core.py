@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from frugallm.engine.blocks import Blocks
+from frugallm.engine.constraints import Constraints
 from frugallm.engine.request import Event, Finish, Request, Sequence
 from frugallm.engine.runner import Runner
 from frugallm.engine.sampler import choose, logprobs
@@ -59,6 +60,7 @@ class Engine:
         self.blocks = Blocks(blocks, runner.block_size)
         self.scheduler = Scheduler(self.blocks, limits.step, limits.sequences)
         self.requests: set[Request] = set()
+        self._constraints = Constraints(tokenizer, limits.vocabulary, ends)
         self.longest = min(limits.context, blocks * runner.block_size)
 
     def add(self, prompt: Tokens[int], params: SamplingParams) -> Request:
@@ -72,9 +74,12 @@ class Engine:
             If the parameters do not suit the model.
         """
         self._check(prompt, params)
+        constraint = self._constraints.make(params)
         request = Request(tuple(prompt), params, self.tokenizer)
         first, *siblings = request.sequences
         first.siblings = siblings
+        for sequence in request.sequences:
+            sequence.constraint = constraint.copy() if constraint else None
         self.requests.add(request)
         self.scheduler.add(first)
         return request
@@ -174,7 +179,8 @@ class Engine:
 
     def _choose(self, sequence: Sequence, row: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         request, params = sequence.request, sequence.request.params
-        token = choose(row, params, request.prompt, sequence.output, request.seed, sequence.choice)
+        allowed = sequence.constraint.allowed() if sequence.constraint else None
+        token = choose(row, params, request.prompt, sequence.output, request.seed, sequence.choice, allowed)
         beside = None if params.logprobs is None else logprobs(row, token, params.logprobs)
         request.events.append(self._accept(sequence, token, beside))
 
@@ -187,12 +193,13 @@ class Engine:
         finish: Finish | None = None
         stop: str | int | None = None
         text = ""
+        complete = sequence.constraint is not None and sequence.constraint.accept(token)
         if token in params.stop_token_ids or (token in self.ends and not params.ignore_eos):
             finish, stop = "stop", token
         else:
             text, stop = sequence.stops.push(sequence.stream.push(token))
             length = len(sequence.tokens) - len(sequence.request.prompt)
-            if stop is not None:
+            if stop is not None or complete:
                 finish = "stop"
             elif length >= params.max_tokens or len(sequence.tokens) >= self.longest:
                 finish = "length"

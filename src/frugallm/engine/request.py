@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from frugallm.engine.blocks import ROOT, chain
+from frugallm.engine.constraints import Constraint
 from frugallm.engine.detokenize import StopStrings, TextStream
 from frugallm.engine.sampler import TokenLogprobs
 from frugallm.engine.sampling import SamplingParams
@@ -57,6 +58,8 @@ class Sequence:
         How many of them have keys and values in the blocks of ``table``.
     siblings
         Further answers to the same prompt, which wait until it is computed.
+    constraint
+        What the answer must follow.
     """
 
     def __init__(self, request: Request, choice: int, tokenizer: Any) -> None:
@@ -65,6 +68,7 @@ class Sequence:
         self.computed = 0
         self.table: list[int] = []
         self.siblings: list[Sequence] = []
+        self.constraint: Constraint | None = None
         self.finish: Finish | None = None
         self.stop: str | int | None = None
         self.texts: list[str] = []

@@ -20,6 +20,7 @@ from frugallm.errors import ParameterError, nearest
 #: Alternatives that may be asked for beside each token.
 MOST_LOGPROBS = 100
 MOST_CHOICES = 64
+CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 def _listed(value: Any) -> Any:
@@ -72,6 +73,9 @@ class SamplingParams(BaseModel):
         Answers to the same prompt, which is computed once.
     ignore_eos
         Go on behind the model's end of text.
+    json_schema, regex, grammar
+        What an answer must follow, one of them: a JSON schema, a regular expression, or a grammar in Lark's form. An
+        answer that ``max_tokens`` cuts off is incomplete all the same.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -91,6 +95,9 @@ class SamplingParams(BaseModel):
     logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     n: int = Field(default=1, ge=1, le=MOST_CHOICES)
     ignore_eos: bool = False
+    json_schema: dict[str, Any] | str | None = None
+    regex: str | None = None
+    grammar: str | None = None
 
     def __init__(self, **parameters: Any) -> None:
         try:
@@ -99,10 +106,20 @@ class SamplingParams(BaseModel):
             raise _explained(error) from None
 
     @model_validator(mode="after")
-    def _one_answer(self) -> SamplingParams:
+    def _possible(self) -> SamplingParams:
         if self.temperature == 0 and self.n > 1:
             raise ValueError(f"n is {self.n} with temperature 0: all answers would be the same")
+        given = [name for name in CONSTRAINTS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} cannot go together")
         return self
+
+    @property
+    def constraint(self) -> tuple[str | None, Any]:
+        """Name and value of what the answer must follow; ``None`` twice where it is free."""
+        return next(
+            ((n, getattr(self, n)) for n in CONSTRAINTS if getattr(self, n) is not None), (None, None)
+        )
 
     @property
     def penalized(self) -> bool:
