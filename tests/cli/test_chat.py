@@ -23,6 +23,11 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def reference(monkeypatch):
+    monkeypatch.setenv("FRUGAL_KERNELS", "reference")
+
+
 def test_generate_prints_the_answer(folder, capsys):
     assert main(["generate", str(folder), "-p", "abc", "--raw", "--max-new-tokens", "9"]) == 0
     expected = LLM(folder).generate("abc", SamplingParams(temperature=0, max_tokens=9))[0].text

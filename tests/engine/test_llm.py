@@ -13,7 +13,7 @@ from frugallm import LLM, SamplingParams
 from frugallm.errors import DataError, ModelError, ParameterError
 from tiny_decoders import tiny
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, seed=0, max_tokens=12, ignore_eos=True)
 DRAWN = SamplingParams(seed=2, max_tokens=12, ignore_eos=True, n=2)
 
 
