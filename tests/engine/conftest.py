@@ -25,14 +25,11 @@ def small_llama():
 
 @pytest.fixture
 def make_engine(letters):
-    """Make an engine on tokens, or, given a model, on the reference runner."""
+    """Make an engine on tokens, or on a runner, or on what makes one with so many blocks."""
     made = []
 
-    def make(model=None, blocks=40, runner=None, **sizes):
-        if model is not None:
-            from frugallm.engine.reference import ReferenceRunner
-
-            runner = ReferenceRunner(model, blocks)
+    def make(runner=None, blocks=40, **sizes):
+        runner = runner(blocks) if callable(runner) else runner
         made.append(small_engine(letters, runner, blocks, **sizes))
         return made[-1]
 
