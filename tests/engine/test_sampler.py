@@ -33,6 +33,17 @@ def test_filters(parameters, expected):
     assert shares(**parameters) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_nucleus_of_many_tokens_is_that_of_a_full_sort():
+    logits = np.random.default_rng(0).normal(0, 2, 6000).astype(np.float32).round(1)  # many are equal
+    for share in (0.05, 0.5, 0.95, 0.9999):
+        weights = np.exp(logits.astype(np.float64) - logits.max())
+        order = np.argsort(-weights, kind="stable")
+        total = weights[order].cumsum()
+        expected = np.sort(order[: int((total < share * total[-1]).sum()) + 1])
+        found = np.flatnonzero(filtered(logits, SamplingParams(top_p=share)))
+        assert abs(len(found) - len(expected)) <= 1 and set(found[:-1]) <= set(expected)
+
+
 def test_penalties():
     logits = np.array([2.0, -2.0, 1.0, 0.5], np.float32)
     params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)

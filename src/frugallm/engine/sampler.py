@@ -17,6 +17,8 @@ from frugallm.engine.sampling import SamplingParams
 
 Logits = npt.NDArray[np.float32]
 Weights = npt.NDArray[np.float64]
+#: Tokens among which the likeliest are looked for first.
+SOME = (256, 4096)
 
 
 @dataclass(frozen=True)
@@ -116,9 +118,16 @@ def filtered(logits: Logits, params: SamplingParams) -> Weights:
 
 
 def _nucleus(weights: Weights, share: float) -> Weights:
-    order = np.argsort(-weights, kind="stable")
-    total = weights[order].cumsum()
-    kept = order[: int(np.searchsorted(total, share * total[-1])) + 1]
+    """Keep the likeliest tokens that together reach a share; of equals those with the lowest ids."""
+    wanted = share * weights.sum()
+    for count in (*SOME, len(weights)):  # sorting all tokens takes longer than the few that are kept
+        count = min(count, len(weights))
+        likely = np.flatnonzero(weights >= np.partition(weights, -count)[-count])
+        order = likely[np.argsort(-weights[likely], kind="stable")]
+        total = weights[order].cumsum()
+        if total[-1] >= wanted:
+            break
+    kept = order[: int(np.searchsorted(total, wanted)) + 1]
     result = np.zeros_like(weights)
     result[kept] = weights[kept]
     return result
