@@ -44,7 +44,10 @@ def test_prompts_of_every_form(llm, letters, small_llama):
     assert text.answers[0].tokens == plain_greedy(small_llama, ids, 12)
     assert text.text == letters.decode(text.answers[0].tokens, skip_special_tokens=True)
     assert [llm.generate(one, GREEDY)[0] for one in (words, ids, messages)] == [text, tokens, chat]
+    assert llm.generate(torch.tensor([ids, ids]), GREEDY) == [text, text]
     assert llm.generate([]) == []
+    with pytest.raises(DataError, match="the prompt is empty"):
+        llm.generate("")
 
 
 def test_parameters_for_each_prompt(llm):

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -116,8 +116,8 @@ class Terminal:
     """A conversation on a terminal: Markdown is drawn paragraph by paragraph, the last one as it grows."""
 
     def __init__(self, model: str) -> None:
-        import readline  # noqa: F401, gives input() arrow keys and a history
-
+        with suppress(ImportError):
+            import readline  # noqa: F401, gives input() arrow keys and a history
         from rich.console import Console
 
         self._console = Console(highlight=False)

@@ -131,6 +131,7 @@ class LLM:
         ParameterError
             If parameters do not suit the model or the prompts.
         """
+        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # an array of token ids
         several = [prompts] if _is_one(prompts) else list(prompts)
         each = (
             [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
