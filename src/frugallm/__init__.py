@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from frugallm.compression import run
+    from frugallm.engine.llm import LLM
+    from frugallm.engine.sampling import SamplingParams
     from frugallm.models import load
     from frugallm.progress import Progress
     from frugallm.recipe import Recipe
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "LLM": "frugallm.engine.llm",
+    "SamplingParams": "frugallm.engine.sampling",
     "run": "frugallm.compression",
     "load": "frugallm.models",
     "Progress": "frugallm.progress",
@@ -30,7 +34,7 @@ _HOME = {
     "train": "frugallm.training.run",
 }
 
-__all__ = ["Progress", "Recipe", "__version__", "load", "run", "train"]
+__all__ = ["LLM", "Progress", "Recipe", "SamplingParams", "__version__", "load", "run", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ def options(command):
 
 
 def test_the_commands_are_these():
-    known = "run train evaluate generate inspect doctor methods reproduce check new docs export"
+    known = "run train evaluate generate chat inspect doctor methods reproduce check new docs export"
     assert list(COMMANDS) == known.split()
 
 

@@ -24,34 +24,21 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Print what MODEL writes after the prompt, as it writes it."""
-    from frugallm.models import load
+    from frugallm.engine.sampling import SamplingParams
 
-    network, tokenizer = load(model)
-
-    import torch
-    from transformers import TextStreamer
-
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    writer: Any = network  # transformers declares generate in a way that type checkers misread
-    writer.generate(
-        **encode(tokenizer, prompt, raw),
-        **sampling,
-        max_new_tokens=max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=tokenizer.eos_token_id,
-    )
-
-
-def encode(tokenizer: Any, prompt: str, raw: bool) -> dict[str, Any]:
-    """Return the model's inputs ``(1, tokens)``: the prompt in the model's chat template, or as it is."""
-    if raw or not tokenizer.chat_template:
-        return dict(tokenizer(prompt, return_tensors="pt"))
+    params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
+    llm = open_llm(model)
     messages = [{"role": "user", "content": prompt}]
-    return dict(
-        tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    )
+    for event in llm.stream(prompt if raw or not llm.tokenizer.chat_template else messages, params):
+        typer.echo(event.text, nl=False)
+    typer.echo()
+
+
+def open_llm(model: str) -> Any:
+    """Open a model for the engine, and say how it runs where that is not the usual way."""
+    from frugallm.engine.llm import LLM
+
+    llm = LLM(model)
+    if llm.note:
+        typer.echo(f"note: {llm.note}", err=True)
+    return llm

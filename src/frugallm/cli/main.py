@@ -12,6 +12,7 @@ import typer
 
 from frugallm import __version__
 from frugallm.cli import (
+    chat,
     check,
     docs,
     doctor,
@@ -36,7 +37,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for module in (run, train, evaluate, generate, inspect, doctor, methods, reproduce, check, new, docs, export):
+for module in (
+    run,
+    train,
+    evaluate,
+    generate,
+    chat,
+    inspect,
+    doctor,
+    methods,
+    reproduce,
+    check,
+    new,
+    docs,
+    export,
+):
     name = module.__name__.rpartition(".")[2]
     app.command(name)(getattr(module, name))
 

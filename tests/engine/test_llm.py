@@ -1,0 +1,162 @@
+"""``frugallm.LLM``: prompts in, answers out, from threads and tasks; and which models run how."""
+
+import asyncio
+import threading
+
+import pytest
+import torch
+from tiny_llama import GGUFWriter
+
+import frugallm
+from finished_run import finished
+from frugallm import LLM, SamplingParams
+from frugallm.errors import DataError, ModelError, ParameterError
+from tiny_decoders import tiny
+
+GREEDY = SamplingParams(temperature=0, seed=0, max_tokens=12, ignore_eos=True)
+DRAWN = SamplingParams(seed=2, max_tokens=12, ignore_eos=True, n=2)
+
+
+@pytest.fixture
+def llm(small_llama, letters):
+    made = LLM(small_llama, letters, cache_tokens=800)
+    yield made
+    assert made.engine.blocks.free == made.engine.blocks.count
+    made.engine.check()
+    made.close()
+
+
+def plain_greedy(model, prompt, count):
+    """The tokens that the model in memory takes, each by a pass over everything before it."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(tokens[len(prompt) :])
+
+
+def test_prompts_of_every_form(llm, letters, small_llama):
+    words = "Hello there"
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = letters(words)["input_ids"]
+    text, tokens, chat = llm.generate([words, ids, messages], GREEDY)
+    assert text.prompt == tuple(ids) and text == tokens
+    assert letters.decode(chat.prompt) == "u Hi\n"
+    assert text.answers[0].tokens == plain_greedy(small_llama, ids, 12)
+    assert text.text == letters.decode(text.answers[0].tokens, skip_special_tokens=True)
+    assert [llm.generate(one, GREEDY)[0] for one in (words, ids, messages)] == [text, tokens, chat]
+    assert llm.generate(torch.tensor([ids, ids]), GREEDY) == [text, text]
+    assert llm.generate([]) == []
+    with pytest.raises(DataError, match="the prompt is empty"):
+        llm.generate("")
+
+
+def test_parameters_for_each_prompt(llm):
+    short, drawn = llm.generate(["abc", "abc"], [GREEDY.model_copy(update={"max_tokens": 3}), DRAWN])
+    assert len(short.answers[0].tokens) == 3 and len(drawn.answers) == 2
+    with pytest.raises(ParameterError, match="1 sampling parameters for 2 prompts"):
+        llm.generate(["abc", "abc"], [GREEDY])
+
+
+def test_one_bad_prompt_and_nothing_is_computed(llm):
+    with pytest.raises(DataError, match="the model's context 256"):
+        llm.generate(["fine", "x" * 300], GREEDY)
+    assert not llm.engine.requests
+
+
+def test_a_stream_is_the_answer_and_closing_it_cancels(llm):
+    whole = llm.generate("abc", GREEDY)[0].text
+    assert "".join(event.text for event in llm.stream("abc", GREEDY)) == whole
+    events = llm.stream("abc", GREEDY)
+    next(events)
+    assert llm.engine.requests
+    events.close()
+    assert not llm.engine.requests
+
+
+def test_tasks_share_steps_and_each_gets_its_answer(llm):
+    expected = [llm.generate(prompt, DRAWN)[0] for prompt in ("abc", "xyz", "hello")]
+
+    async def listen(prompt):
+        texts = ["", ""]
+        async for event in llm.astream(prompt, DRAWN):
+            texts[event.choice] += event.text
+        return texts
+
+    async def all_of_them():
+        return await asyncio.gather(*(listen(prompt) for prompt in ("abc", "xyz", "hello")))
+
+    assert asyncio.run(all_of_them()) == [[a.text for a in generation.answers] for generation in expected]
+
+
+def test_a_cancelled_task_leaves_nothing(llm):
+    async def leave():
+        async def listen():
+            async for _ in llm.astream("abc", DRAWN.model_copy(update={"max_tokens": 200})):
+                heard.set()
+
+        heard = asyncio.Event()
+        task = asyncio.create_task(listen())
+        await heard.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.get_running_loop().run_in_executor(llm._worker, lambda: None)
+
+    asyncio.run(leave())
+    assert not llm.engine.requests and not llm._abandoned
+
+
+def test_threads_get_what_they_asked_for(llm):
+    prompts = ["abc", "hello", "the end", "abcd"]
+    expected = [llm.generate(prompt, DRAWN)[0] for prompt in prompts]
+    found = {}
+
+    def ask(prompt):
+        found[prompt] = llm.generate(prompt, DRAWN)[0]
+
+    threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[prompt] for prompt in prompts] == expected
+
+
+@pytest.mark.parametrize("step", ["rtn:bits=4", "smoothquant:activation=token"])
+def test_a_result_of_a_run(tmp_path, letters, step):
+    folder, _, model = finished(tmp_path, "tied", [step])
+    letters.save_pretrained(folder)
+    llm = LLM(folder)
+    assert llm.note == ""
+    (answer,) = llm.generate("abcdef", GREEDY)[0].answers
+    assert answer.tokens == plain_greedy(model, letters("abcdef")["input_ids"], 12)
+
+
+def test_a_gguf_file(tmp_path):
+    path = GGUFWriter(tmp_path)()
+    llm = LLM(path)
+    model, tokenizer = frugallm.load(path)
+    (answer,) = llm.generate("the 12", GREEDY)[0].answers
+    assert answer.tokens == plain_greedy(model, tokenizer("the 12")["input_ids"], 12)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_what_the_engine_does_not_know_runs_through_transformers(letters, kind):
+    changes = {"n_positions": 256} if kind == "gpt2" else {"ffn_dim": 36, "word_embed_proj_dim": 24}
+    model = tiny(kind, num_key_value_heads=None, **changes)
+    llm = LLM(model, letters)
+    assert llm.note.startswith(f"the engine does not know the architecture '{kind}'")
+    first, second = llm.generate(["abcdef", "xyz"], [GREEDY, DRAWN])
+    assert first.answers[0].tokens == plain_greedy(model, first.prompt, 12)
+    assert len({answer.tokens for answer in second.answers}) == 2
+    assert llm.generate("xyz", DRAWN)[0] == second
+    assert not llm.engine.requests and llm.engine.blocks.free == llm.engine.blocks.count
+
+
+def test_what_cannot_be_opened(small_llama, letters, tmp_path):
+    with pytest.raises(ModelError, match="without its tokenizer"):
+        LLM(small_llama)
+    with pytest.raises(ParameterError, match="cache_tokens must be at least 16; got 3"):
+        LLM(small_llama, letters, cache_tokens=3)
+    with pytest.raises(ModelError):
+        LLM(tmp_path)

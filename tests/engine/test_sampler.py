@@ -1,0 +1,132 @@
+"""The choice of a token: each parameter against what it says, and the random numbers."""
+
+import numpy as np
+import pytest
+
+from frugallm.engine.sampler import choose, filtered, logprobs, penalized, uniform
+from frugallm.engine.sampling import SamplingParams
+from frugallm.errors import ParameterError
+
+LOGITS = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
+
+
+def shares(**parameters):
+    weights = filtered(LOGITS, SamplingParams(**parameters))
+    return (weights / weights.sum()).round(6).tolist()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({}, [0.4, 0.3, 0.2, 0.1]),
+        ({"temperature": 0.5}, [0.533333, 0.3, 0.133333, 0.033333]),
+        ({"top_k": 2}, [0.571429, 0.428571, 0, 0]),
+        ({"top_k": 9}, [0.4, 0.3, 0.2, 0.1]),
+        ({"top_p": 0.65}, [0.571429, 0.428571, 0, 0]),
+        ({"top_p": 0.01}, [1, 0, 0, 0]),
+        ({"min_p": 0.45}, [0.444444, 0.333333, 0.222222, 0]),
+        ({"top_k": 3, "top_p": 0.5}, [0.571429, 0.428571, 0, 0]),
+        ({"temperature": 1e-9}, [1, 0, 0, 0]),
+    ],
+)
+def test_filters(parameters, expected):
+    assert shares(**parameters) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_nucleus_of_many_tokens_is_that_of_a_full_sort():
+    logits = np.random.default_rng(0).normal(0, 2, 6000).astype(np.float32).round(1)  # many are equal
+    for share in (0.05, 0.5, 0.95, 0.9999):
+        weights = np.exp(logits.astype(np.float64) - logits.max())
+        order = np.argsort(-weights, kind="stable")
+        total = weights[order].cumsum()
+        expected = np.sort(order[: int((total < share * total[-1]).sum()) + 1])
+        found = np.flatnonzero(filtered(logits, SamplingParams(top_p=share)))
+        assert abs(len(found) - len(expected)) <= 1 and set(found[:-1]) <= set(expected)
+
+
+def test_penalties():
+    logits = np.array([2.0, -2.0, 1.0, 0.5], np.float32)
+    params = SamplingParams(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    # token 0 in the prompt, 1 once and 2 twice in the answer
+    changed = penalized(logits, params, [0, 0], [1, 2, 2])
+    assert changed.tolist() == [1.0, -4.0 - 0.75, 0.5 - 1.0, 0.5]
+    assert logits.tolist() == [2.0, -2.0, 1.0, 0.5]
+
+
+def test_greedy_takes_the_likeliest_and_the_lowest_of_equals():
+    params = SamplingParams(temperature=0)
+    assert choose(np.array([1, 5, 5, 0], np.float32), params, [0], [], 0) == 1
+    assert choose(LOGITS, params.model_copy(update={"logit_bias": {3: 100.0}}), [0], [], 0) == 3
+    banned = SamplingParams(temperature=0, logit_bias={0: -100.0})
+    assert choose(LOGITS, banned, [0], [], 0) == 1
+
+
+def test_only_allowed_tokens_are_chosen():
+    allowed = np.array([False, False, True, True])
+    drawn = {choose(LOGITS, SamplingParams(), [0] * i, [], 7, 0, allowed) for i in range(50)}
+    assert drawn == {2, 3}
+
+
+def test_draws_follow_the_distribution():
+    counts = np.bincount([choose(LOGITS, SamplingParams(), [0] * i, [], 5) for i in range(2000)], minlength=4)
+    expected = 2000 * np.array([0.4, 0.3, 0.2, 0.1])
+    assert ((counts - expected) ** 2 / expected).sum() < 16.3  # chi-square, 3 degrees of freedom, 0.1 %
+
+
+def test_a_random_number_belongs_to_seed_choice_and_position():
+    assert uniform(1, 2, 3) == uniform(1, 2, 3)
+    numbers = {uniform(s, c, p) for s in range(4) for c in range(4) for p in range(50)}
+    assert len(numbers) == 800 and all(0 <= number < 1 for number in numbers)
+    assert abs(sum(numbers) / 800 - 0.5) < 0.05
+
+
+def test_position_counts_prompt_and_answer():
+    params = SamplingParams()
+    flat = np.zeros(1000, np.float32)
+    assert choose(flat, params, [1, 2], [3], 9) == choose(flat, params, [1], [2, 3], 9)
+
+
+def test_logprobs_are_those_of_the_model():
+    found = logprobs(LOGITS + 3, 2, 2)
+    assert found.logprob == pytest.approx(np.log(0.2), abs=1e-6)
+    assert [token for token, _ in found.top] == [0, 1]
+    assert found.top[0][1] == pytest.approx(np.log(0.4), abs=1e-6)
+    assert logprobs(LOGITS, 0, 0).top == ()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"temperature": -1}, "temperature must be greater than or equal to 0; got -1"),
+        ({"temperature": float("nan")}, "temperature must be"),
+        ({"temprature": 1}, "sampling has no parameter 'temprature'. Did you mean 'temperature'?"),
+        ({"top_p": 0}, "top_p must be greater than 0; got 0"),
+        ({"top_p": 1.5}, "top_p must be"),
+        ({"min_p": 2}, "min_p must be"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"max_tokens": 0}, "max_tokens must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"n": 0}, "n must be"),
+        ({"n": 2, "temperature": 0}, "N is 2 with temperature 0: all answers would be the same"),
+        ({"stop": ["a", ""]}, "Stop holds an empty string"),
+        ({"logit_bias": {1: float("inf")}}, "logit_bias must be"),
+        ({"presence_penalty": 3}, "presence_penalty must be"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be"),
+        ({"logprobs": 1000}, "logprobs must be"),
+    ],
+)
+def test_impossible_parameters_end_in_one_clear_line(parameters, message):
+    with pytest.raises(ParameterError) as caught:
+        SamplingParams(**parameters)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_tokens_that_the_model_lacks():
+    with pytest.raises(ParameterError, match="logit_bias names token 99, the model has 61"):
+        SamplingParams(logit_bias={99: 1.0}).check_tokens(61)
+    with pytest.raises(ParameterError, match="stop_token_ids names token -1"):
+        SamplingParams(stop_token_ids=[-1]).check_tokens(61)
+
+
+def test_one_stop_string_is_a_list_of_one():
+    assert SamplingParams(stop="end").stop == ("end",)
