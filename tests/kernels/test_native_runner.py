@@ -126,10 +126,10 @@ def test_threads_that_share_a_long_text_by_chunks_change_no_bit():
 
 
 @pytest.mark.parametrize(
-    "steps", [["rtn:bits=4,group_size=8", "embedding"], ["rtn:bits=8,group_size=-1", "inputs:bits=8"]]
+    "steps", [["rtn:bits=4,group_size=32", "embedding"], ["rtn:bits=8,group_size=-1", "inputs:bits=8"]]
 )
 def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, steps):
-    folder, values, stored = finished(tmp_path, tiny("llama"), steps)
+    folder, values, stored = finished(tmp_path, tiny("llama", intermediate_size=96), steps)
     decoder = read_decoder(Decoded(folder))
     layer = decoder.layers[0]
     assert layer.down.kind == ("int4" if "4" in steps[0] else "int8")

@@ -92,8 +92,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         lanes = lanes + squares[:, i] * squares[:, i]
     for half in (8, 4, 2, 1):
         lanes = lanes[:, :half] + lanes[:, half : 2 * half]
-    factor = 1.0 / torch.sqrt(lanes / width + eps)
-    return x * factor * weight
+    # Torch's own root of float32 is not always the nearest; that of float64, rounded, is.
+    root = torch.sqrt(((lanes.double() / width).float() + eps).double()).float()
+    return x * (1.0 / root.double()).float() * weight
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
