@@ -43,7 +43,8 @@ def runner(request, small_llama):
     )
     if not library.usable_paths():
         pytest.skip("the native kernels are not built")
-    return partial(native.NativeRunner, decoder.read_decoder(InMemory(small_llama)))
+    best = library.usable_paths()[-1]
+    return partial(native.NativeRunner, decoder.read_decoder(InMemory(small_llama)), path=best)
 
 
 @pytest.fixture(scope="module")
