@@ -138,6 +138,7 @@ class PackedLinear:
         )
         assert scale is not None
         if self.has_minima:
+            assert zero is not None
             return scale * values.float() + zero
         middle = 8 if self.kind == "int4" else 128
         return scale * (values.float() - middle - (0 if zero is None else zero))
@@ -155,11 +156,10 @@ def _filled(x: Tensor, rows: int, columns: int, value: int = 0) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns - x.shape[1], 0, rows - x.shape[0]), value=value)
 
 
-def _by_tiles(x: Tensor | None, tiles: int) -> Tensor | None:
+def _by_tiles(x: Tensor, tiles: int) -> Tensor:
     """Return ``(out, groups)`` as ``(tiles, groups, 16)``."""
-    if x is None:
-        return None
-    return _filled(x, tiles * TILE, x.shape[1]).view(tiles, TILE, -1).transpose(1, 2).contiguous()
+    filled = _filled(x, tiles * TILE, x.shape[1]).view(tiles, TILE, -1)
+    return aligned(filled.transpose(1, 2).contiguous())
 
 
 def _bias(bias: Tensor | None, tiles: int) -> Tensor | None:
@@ -197,8 +197,8 @@ def pack(
         lines = (pairs[:, :, 0] | pairs[:, :, 1] << 4).view(torch.uint8)
     return PackedLinear(
         aligned(lines),
-        aligned(_by_tiles(scales, tiles)),
-        _by_tiles(zeros, tiles),
+        _by_tiles(scales, tiles),
+        None if zeros is None else _by_tiles(zeros, tiles),
         _bias(bias, tiles),
         kind,
         rows,
@@ -307,9 +307,9 @@ def smallest(scale: Tensor) -> Tensor:
     return scale.float()
 
 
-def aligned(x: Tensor | None) -> Tensor | None:
+def aligned(x: Tensor) -> Tensor:
     """Return the tensor, contiguous and beginning on a line of the processor's cache."""
-    if x is None or (x.is_contiguous() and x.data_ptr() % 64 == 0):
+    if x.is_contiguous() and x.data_ptr() % 64 == 0:
         return x
     room = torch.empty(x.nbytes + 64, dtype=torch.uint8)
     start = -room.data_ptr() % 64
