@@ -8,8 +8,6 @@ and torch's product of int8 and of bf16. Writes ``results/kernels.json``.
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,38 +16,11 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from frugallm.kernels import library, operations
 from frugallm.kernels.cases import ATTENTIONS, LINEARS, TIMED_ROWS, AttentionCase, LinearCase
+from frugallm.kernels.limits import limits, seconds
 from harness import facts, table, write_result
 
-ROUNDS, LEAST_SECONDS = 7, 0.02
-READ_BYTES, PRODUCT = 1 << 28, 1024
 #: Weights that a case goes through in turn, so that none is found in the processor's cache.
 COLD_BYTES = 128 << 20
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """Return the median over rounds of the seconds of one call, after a first one."""
-    work()
-    rounds = []
-    for _ in range(ROUNDS):
-        calls, begin = 0, time.perf_counter()
-        while (spent := time.perf_counter() - begin) < LEAST_SECONDS or not calls:
-            work()
-            calls += 1
-        rounds.append(spent / calls)
-    return statistics.median(rounds)
-
-
-def limits() -> dict[str, float]:
-    """Measure reading memory, bytes a second, and products, operations a second."""
-    memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
-    wide = torch.randn(2 * PRODUCT, PRODUCT)
-    whole = torch.randint(-100, 100, (2 * PRODUCT, PRODUCT), dtype=torch.int8)
-    count = 2 * 2 * PRODUCT**3
-    return {
-        "memory": READ_BYTES / seconds(memory.sum),
-        "bf16": count / seconds(lambda: wide.bfloat16() @ wide[:PRODUCT].bfloat16()),
-        "int8": count / seconds(lambda: torch._int_mm(whole, whole[:PRODUCT])),
-    }
 
 
 def cycle(items: list[Any]) -> Callable[[], Any]:

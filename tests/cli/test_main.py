@@ -23,7 +23,7 @@ def options(command):
 
 
 def test_the_commands_are_these():
-    known = "run train evaluate generate chat inspect doctor methods reproduce check new docs export"
+    known = "run train evaluate generate chat bench inspect doctor methods reproduce check new docs export"
     assert list(COMMANDS) == known.split()
 
 
@@ -89,6 +89,9 @@ def test_help_imports_nothing_heavy():
         (["reproduce", "gpqt"], "did you mean 'gptq'?"),
         (["docs", "--check", "--to", "nowhere"], "Run: frugal docs"),
         (["generate", "m", "-p", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["bench", "m", "--repeats", "0"], "--repeats"),
+        (["bench", "m", "--threads", "0"], "--threads"),
+        (["bench", "m", "--json", "nowhere/x.json"], "nowhere/x.json cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, says, capsys, monkeypatch, tmp_path):

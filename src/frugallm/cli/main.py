@@ -12,6 +12,7 @@ import typer
 
 from frugallm import __version__
 from frugallm.cli import (
+    bench,
     chat,
     check,
     docs,
@@ -43,6 +44,7 @@ for module in (
     evaluate,
     generate,
     chat,
+    bench,
     inspect,
     doctor,
     methods,
