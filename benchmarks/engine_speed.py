@@ -148,7 +148,9 @@ def ask(arm: Arm, model: Path, request: Path, python: Path | str, threads: int) 
         environment={"HF_HUB_OFFLINE": "1"},
         log=request.with_name("engines.log"),
     )
-    return json.loads(out.read_text()) | {"start": start(run), "peak_bytes": run.peak_anonymous_bytes}
+    # Resident memory beside it: llama.cpp leaves weights in the mapped file, which is not the process's own.
+    memory = {"peak_bytes": run.peak_anonymous_bytes, "resident_bytes": run.peak_resident_bytes}
+    return json.loads(out.read_text()) | memory | {"start": start(run)}
 
 
 def start(run: Measurement) -> float:
@@ -173,7 +175,7 @@ UNITS = {
     "start": "s",
     "peak_bytes": "bytes",
 }
-UNITS |= {"alone_seconds": "s", "shared_seconds": "s"}
+UNITS |= {"resident_bytes": "bytes", "alone_seconds": "s", "shared_seconds": "s"}
 
 
 def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -213,11 +215,16 @@ def quality(names: list[str], models: dict[str, Path], judge: common.Judge) -> d
     """Return KL and loss of every arm that can be evaluated: its values with inputs as they are, and ours on the engine."""
     from frugallm.evaluate.predictions import compare_window
 
-    wanted = {n: models[ARMS[n].form] for n in names if ARMS[n].engine in ("frugal", "llama_cpp")}
+    readable = [name for name in names if ARMS[name].engine in ("frugal", "llama_cpp")]
+    wanted = {ARMS[name].form: models[ARMS[name].form] for name in readable}
     found = judge.evaluate(wanted) if wanted else {}
-    results = {name: {"evaluation": one.model_dump(mode="json")} for name, one in found.items()}
-    for name in (name for name in results if ARMS[name].engine == "frugal"):
-        engine, reference = OnEngine(wanted[name], judge.windows.shape[1]), judge.reference
+    results: dict[str, dict[str, Any]] = {}
+    for name in readable:
+        one = found[ARMS[name].form]
+        results[name] = {"evaluation": one.model_dump(mode="json")}
+        if ARMS[name].engine != "frugal":
+            continue
+        engine, reference = OnEngine(models[ARMS[name].form], judge.windows.shape[1]), judge.reference
         rows = [
             compare_window(engine, engine.states(window), window, reference.predictions, reference.states(i))
             for i, window in enumerate(judge.windows)
@@ -226,7 +233,7 @@ def quality(names: list[str], models: dict[str, Path], judge: common.Judge) -> d
         results[name]["on_engine"] = {
             "kl": kl,
             "perplexity": math.exp(nll),
-            "perplexity_ratio": math.exp(nll - statistics.fmean(found[name].nll_per_window)),
+            "perplexity_ratio": math.exp(nll - statistics.fmean(one.nll_per_window)),
         }
     return results
 
@@ -297,8 +304,9 @@ def show(arms: dict[str, Any]) -> str:
         rates = [f"{one[key]['median']:,.0f}" for key in ("prefill", "decode", "batch")]
         known = "on_engine" in one or "evaluation" in one
         rest = [f"{one['start']['median']:.2f}", f"{one['peak_bytes']['median'] / 1e6:,.0f}"]
+        rest.append(f"{one['resident_bytes']['median'] / 1e6:,.0f}")
         rows.append([name, *rates, *rest, f"{kl(one):.4f}" if known else "not known"])
-    return table([*header, "first token, s", "peak, MB", "KL"], rows)
+    return table([*header, "first token, s", "peak, MB", "resident, MB", "KL"], rows)
 
 
 def main() -> None:

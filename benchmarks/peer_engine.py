@@ -44,7 +44,9 @@ class Frugal:
         from frugallm.engine.sampling import SamplingParams
 
         torch.set_num_threads(threads)
-        self._llm, self._params = LLM(model, cache_tokens=max(longest, together)), SamplingParams
+        # Some blocks more, so that nobody is preempted for want of a last one.
+        self._llm = LLM(model, cache_tokens=max(longest, together) + 256)
+        self._params = SamplingParams
 
     def write(self, prompts: list[Ids], tokens: int) -> list[float]:
         """See :class:`Side`."""

@@ -108,7 +108,9 @@ def test_the_start_ends_with_the_first_token(tmp_path, monkeypatch):
         program.chmod(0o755)
 
     stands_for('sleep 0.1; echo "$4 $OMP_NUM_THREADS" >> "$0.said"; printf x; sleep 0.3')
-    assert 0.1 <= speed.start_seconds("m") < 0.35
+    begin = time.perf_counter()
+    taken = speed.start_seconds("m")
+    assert 0.1 <= taken <= time.perf_counter() - begin - 0.3  # the process goes on behind its first token
     assert (tmp_path / "python.said").read_text() == f"m {torch.get_num_threads()}\n"
     stands_for("echo 'error: m is gone' >&2; exit 2")
     with pytest.raises(JobError, match=r"first token failed \(m is gone\)"):
