@@ -41,10 +41,14 @@ def printed_tree():
 
 
 def folders(root):
+    built = root / "kernels" / "native"  # what the build leaves beside the sources
     return {
         p.relative_to(ROOT).as_posix()
         for p in root.rglob("*")
-        if p.is_dir() and p.name != "__pycache__" and any(f.is_file() for f in p.iterdir())
+        if p.is_dir()
+        and built not in p.parents
+        and p.name != "__pycache__"
+        and any(f.is_file() for f in p.iterdir())
     }
 
 

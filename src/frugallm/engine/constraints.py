@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,16 +70,16 @@ class Constraints:
             raise ParameterError(
                 f"{name} needs the package llguidance", "Install it: pip install 'frugallm[grammar]'"
             ) from error
-        read = {
+        readers: dict[str, Callable[[Any], str]] = {
             "json_schema": LLMatcher.grammar_from_json_schema,
             "regex": LLMatcher.grammar_from_regex,
             "grammar": LLMatcher.grammar_from_lark,
-        }[name]
+        }
         try:
             value = json.loads(text) if name == "json_schema" and isinstance(text, str) else text
         except ValueError as error:
             raise ParameterError(f"json_schema cannot be read as JSON ({error})") from error
-        matcher = LLMatcher(self._prepared(), read(value), log_level=0)
+        matcher = LLMatcher(self._prepared(), readers[name](value), log_level=0)
         if matcher.is_error():
             raise ParameterError(f"{name} cannot be understood ({matcher.get_error()})")
         return Constraint(matcher, self._vocabulary)
