@@ -51,7 +51,6 @@ ARMS |= {f"{kind} imatrix": Arm(kind, imatrix=True) for kind in ("Q4_K", "Q4_0",
 
 def write_request(setting: common.Setting, file: Path) -> dict[str, Any]:
     """Write what llama.cpp is asked, the same for all files, and return it."""
-    from frugallm.cli.generate import encode
     from frugallm.models.open import open_checkpoint
     from frugallm.text import evaluation_windows, open_text
 
@@ -61,7 +60,7 @@ def write_request(setting: common.Setting, file: Path) -> dict[str, Any]:
     beginning = "\n\n".join(text.documents)[:TEXT_CHARACTERS]
     request = {
         "windows": windows.tolist(),
-        "prompt": encode(tokenizer, PROMPT, raw=False)["input_ids"][0].tolist(),
+        "prompt": common.chat_tokens(tokenizer, PROMPT),
         "answer_tokens": ANSWER_TOKENS,
         "ends": [tokenizer.eos_token_id],
         "text": beginning,

@@ -188,6 +188,12 @@ def compare(ours: Evaluation, theirs: Evaluation, seed: int = 0) -> dict[str, An
     }
 
 
+def chat_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the tokens of a question in the model's chat template."""
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
 def pick(arms: Sequence[str], wanted: Sequence[str]) -> list[str]:
     """Return the arms named by ``wanted``, wholly or, where there is no such name, in part; all if it is empty."""
     matches = {arm for word in wanted for arm in arms if arm == word or (word not in arms and word in arm)}

@@ -73,12 +73,11 @@ ARMS = {
 
 def write_request(file: Path, setting: common.Setting) -> Any:
     """Write prompts and text as token ids, the same for all, and return the tokenizer."""
-    from frugallm.cli.generate import encode
     from frugallm.models.open import open_checkpoint
     from frugallm.text import evaluation_windows, open_text
 
     tokenizer = open_checkpoint(common.MODEL).tokenizer
-    prompts = [encode(tokenizer, text, raw=False)["input_ids"][0].tolist() for text in PROMPTS]
+    prompts = [common.chat_tokens(tokenizer, text) for text in PROMPTS]
     text = open_text(setting.data / common.EVALUATION, "evaluate", tokenizer)
     [window] = evaluation_windows(text, tokenizer, 1, TEXT_TOKENS).tolist()
     request = {"prompts": prompts, "answer_tokens": ANSWER_TOKENS, "ends": [tokenizer.eos_token_id]}
