@@ -194,7 +194,8 @@ def _exports(plan: Plan) -> Iterator[Place]:
             refused.append(name)
             continue
         seen: Seen = "tested" if any(row.seen == "tested" for row in rows) else "documented"
-        readers = ", ".join(f"{_name(row.engine, row.device)} ({row.seen})" for row in rows)
+        # An engine may have several rows, one for each form of inputs.
+        readers = ", ".join(dict.fromkeys(f"{_name(row.engine, row.device)} ({row.seen})" for row in rows))
         command = f"frugal export --to {name}{':TYPE' if format.kinds() else ''}"
         yield Place(command, seen, f"{readers}; inputs are no longer rounded there" if lost else readers)
     if refused:

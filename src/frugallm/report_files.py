@@ -150,7 +150,7 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
     if measured.outside_after.get("speed") and job.plan.quantizes:
         notes.append(
             "speed and memory are those of plain transformers, which unpacks the weights; what an engine with kernels "
-            "for few bits gains is not measured here"
+            "for few bits gains 'frugal bench' measures"
         )
     if resumed:
         notes.append("resumed: seconds and memory are those of the last part of the run")
