@@ -165,7 +165,7 @@ def benchmark(
     candidate: Callable[[Path, str], Any] = lambda folder, _: folder,
     fact: Callable[[Path], dict[str, Any]] = lambda _: {},
 ) -> None:
-    """Do a whole benchmark against llm-compressor: options, runs, evaluation, verdicts, ``results/NAME.json``.
+    """Do a whole benchmark against llm-compressor: options, runs, evaluation, verdicts, and the result.
 
     Parameters
     ----------
@@ -185,6 +185,7 @@ def benchmark(
     parser = common.options(about)
     peers.add_option(parser)
     parser.add_argument("--repeats", type=int, default=2, help="runs of each timed arm")
+    parser.add_argument("--result", default=name, help="name of the result's file")
     args = parser.parse_args()
     known = facts()
     setting = common.given(args)
@@ -212,7 +213,7 @@ def benchmark(
         "comparisons": comparisons,
         "verdicts": found,
     }
-    path = write_result(name, content)
+    path = write_result(args.result, content)
     print(f"\n{show(arms, runs, evaluations)}\n")
     show_verdicts(found, path)
 

@@ -34,6 +34,9 @@ ARMS = {
     "llm-compressor awq W4, bf16, batches of 8": _theirs("--dtype=bfloat16", "--batch-size=8", timed=True),
     "llm-compressor awq W4, both scales": _theirs("--duo-scaling=both"),
     "llm-compressor awq W4, mse": _theirs("--observer=memoryless_mse"),
+    "llm-compressor awq W4, mse and both scales, bf16, batches of 8": _theirs(
+        "--observer=memoryless_mse", "--duo-scaling=both", "--dtype=bfloat16", "--batch-size=8"
+    ),
     "llm-compressor awq W4, imatrix": _theirs("--observer=imatrix_mse"),
     ASYMMETRIC: _ours(",symmetric=false"),
     "llm-compressor awq W4 asymmetric": _theirs("--asymmetric"),

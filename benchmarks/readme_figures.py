@@ -103,6 +103,7 @@ def table(rows: list[Row], base: float) -> list[str]:
 WITH_VERDICTS = {
     "gptq_vs_llmcompressor": "gptq: ",
     "awq_vs_llmcompressor": "awq: ",
+    "awq_vs_llmcompressor_tuned": "from 32 calibration windows, the peer tuned: awq: ",
     "hqq_vs_hqq": "hqq ",
     "pruning_vs_llmcompressor": "",
     "gguf_llama_cpp": "GGUF in llama.cpp: ",

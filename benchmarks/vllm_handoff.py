@@ -1,6 +1,6 @@
 """Folders of ours in vLLM: the same greedy text as in plain transformers?
 
-``frugal run`` writes a W4A16 and two W8A8 folders, ``frugal export`` the GPTQ and AWQ layouts of 4 bits and a dense copy
+``frugal run`` writes W4A16 and W8A8 folders, ``frugal export`` the GPTQ and AWQ layouts of 4 bits and a dense copy
 of the unquantized model, which shows what the two engines differ in by themselves. Both engines run in one environment
 without FrugalLM, continue the same prompts greedily and score the same text. They add in different orders, so a text may
 part at a near tie: where it parts, the lead of the likelier token there is recorded.
@@ -50,7 +50,11 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One folder: the steps of a run, the layout it is exported to, and the type that the engines compute in."""
+    """One folder: the steps of a run, the layout it is exported to, and the type that the engines compute in.
+
+    Without a layout both engines load the folder of the run. With ``packed`` vLLM does, and transformers, which does not
+    read packed zero points, a dense copy of it.
+    """
 
     steps: tuple[str, ...]
     export: str | None = None
@@ -58,16 +62,19 @@ class Arm:
 
 
 # Near ties are fewest in float32; vLLM's kernel for 4 bits on a CPU takes 16-bit types only.
-W4, HALF = ("gptq:bits=4,group_size=64",), "float16"
+W4, ZEROS = ("gptq:bits=4,group_size=64",), ("awq:bits=4,group_size=64,symmetric=false",)
+HALF, PACKED = "float16", "packed"
 ARMS = {
     "dense": Arm((), "dense"),
     "dense in float16": Arm((), "dense", HALF),
     "dense in bfloat16": Arm((), "dense", "bfloat16"),
     "W4A16": Arm(W4, dtype=HALF),
+    "W4A16 with zero points": Arm(ZEROS, PACKED, HALF),
+    "W4A16 rotated": Arm(("rotate", *W4), dtype=HALF),
     "W8A8 per token": Arm(("smoothquant:activation=token",)),
     "W8A8 static": Arm(("smoothquant",)),
     "W4A16 in the GPTQ layout": Arm(W4, "gptq", HALF),
-    "W4A16 in the AWQ layout": Arm(("awq:bits=4,group_size=64,symmetric=false",), "awq", HALF),
+    "W4A16 in the AWQ layout": Arm(ZEROS, "awq", HALF),
 }
 
 
@@ -100,6 +107,9 @@ def make_folder(arm: Arm, place: dict[str, Path], setting: common.Setting) -> tu
         return run, run
     found = []
     for layout in (arm.export, "dense"):
+        if layout == PACKED:
+            found.append(run)
+            continue
         out = run.with_name(f"{run.name}-{layout}")
         shutil.rmtree(out, ignore_errors=True)
         measure(frugal("export", run, "--to", layout, "--out", out))
