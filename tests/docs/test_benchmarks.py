@@ -45,3 +45,26 @@ def test_verdicts_are_told_with_what_was_found(harness, tmp_path, capsys):
         and "'value': 2" in lines[1]
     )
     assert lines[-1] == f"Written to {tmp_path}."
+
+
+def test_the_longest_pass_of_each_kind_is_held_against_its_limit(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import quantization
+
+    def run(seconds):
+        return {"compress_seconds": seconds and {"median": seconds}}
+
+    runs = {
+        "W3 gptq": run(80.0),
+        "W3 gptaq": run(301.0),
+        "W3 gptq lkd": run(1100.0),
+        "W4A8 zeroquant": run(None),
+    }
+    found = quantization.slowest(runs)
+    words = {name: (one["value"], one["passed"]) for name, one in found.items()}
+    assert words == {
+        "solvers and transforms: seconds of the longest pass, W3 gptaq": (301.0, False),
+        "reconstructions: seconds of the longest pass, W3 gptq lkd": (1100.0, True),
+    }
+    for name in ("quantization", "arms", "harness", "peers", "setting"):
+        sys.modules.pop(name, None)
