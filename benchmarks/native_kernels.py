@@ -2,7 +2,7 @@
 
 Every timed case of ``frugallm.kernels.cases``, on every path the processor has: gigabytes a second of weights where one row
 is computed, operations a second where many are, each as a share of what was measured in the same minutes: reading memory,
-and torch's product of int8 and of bf16. Writes ``results/kernels.json``.
+and torch's product of int8 and of bf16. Writes ``results/native_kernels.json``.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> None:
             if case.timed and args.only in case.name:
                 rows += time_linear(case, path, args.threads, limit)
         rows += [time_attention(c, path, limit) for c in ATTENTIONS if c.timed and args.only in c.name]
-    write_result("kernels", {"facts": facts(), "threads": args.threads, "limits": limit, "cases": rows})
+    write_result("native_kernels", {"facts": facts(), "threads": args.threads, "limits": limit, "cases": rows})
     print({name: f"{value / 1e9:.1f} G/s" for name, value in limit.items()})
     header = ("case", "path", "rows", "GB/s", "GOP/s", "share of the limit", "torch bf16 / ours")
     print(
