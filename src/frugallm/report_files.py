@@ -157,9 +157,10 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
     all_layers = layer_facts(job, place)
     layers = [facts for facts in all_layers if "error" in facts]
     text = TextFacts(**job.text, tokens=job.windows.numel()) if job.text and job.windows is not None else None
+    models = _models(job, place, measured)
     return Report(
         title=f"{job.checkpoint.name}: {' '.join(job.recipe.to_cli())}",
-        models=_models(job, place, measured),
+        models=models,
         job=JobFacts(
             recipe=job.recipe.to_cli(),
             settings=job.recipe.settings(),
@@ -174,7 +175,7 @@ def _report(job: Job, place: Workplace, measured: Measured, clock: Clock, resume
             machine=machine(),
             versions=versions(),
         ),
-        prompt=PROMPT if measured.outside_after.get("answer") else "",
+        prompt=PROMPT if any(model.answer for model in models) else "",
         how_to_load=how_to_load(job, place.out),
         layers=[LayerError(**{k: facts[k] for k in ("name", "error", "baseline_error")}) for facts in layers],
         zeros={f["name"]: f["zeros"] / f["weights"] for f in all_layers if "zeros" in f},

@@ -71,6 +71,17 @@ def test_each_step_of_a_recipe_that_no_paper_published_has_its_share(composed):
     assert stored.shares == shares
 
 
+def test_the_question_stands_above_an_answer_that_only_the_original_gave(compress, tmp_path, monkeypatch):
+    from frugallm import measure
+
+    speed = {"prefill": [9.0, 10.0], "decode": [8.0, 9.0]}
+    seen = {"speed": speed, "default.anonymous_bytes": 10**6, "answer": "Paris."}
+    monkeypatch.setattr(measure, "_original_outside", lambda *_: seen)
+    report = compress(["gptq", "lorc"], tmp_path / "out")  # plain transformers does not load it
+    assert [model.answer for model in report.models] == ["Paris.", ""]
+    assert report.prompt and f"> {report.prompt}" in report.to_markdown()
+
+
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_the_figures_are_those_of_a_run_without_the_step(index, composed, compress, tmp_path):
     alone = compress(WITHOUT[index], tmp_path / "out").models[1]
