@@ -98,7 +98,9 @@ def main() -> None:
             if case.timed and args.only in case.name:
                 rows += time_linear(case, path, args.threads, limit)
         rows += [time_attention(c, path, limit) for c in ATTENTIONS if c.timed and args.only in c.name]
-    write_result("native_kernels", {"facts": facts(), "threads": args.threads, "limits": limit, "cases": rows})
+    write_result(
+        "native_kernels", {"facts": facts(), "threads": args.threads, "limits": limit, "cases": rows}
+    )
     print({name: f"{value / 1e9:.1f} G/s" for name, value in limit.items()})
     header = ("case", "path", "rows", "GB/s", "GOP/s", "share of the limit", "torch bf16 / ours")
     print(
