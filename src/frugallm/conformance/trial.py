@@ -184,12 +184,15 @@ class Trial:
     def accepts(self, **parameters: Any) -> bool:
         """Whether parameters that are legal by themselves make sense together, and with the random models."""
         from frugallm.conformance.train_methods import train_job
+        from frugallm.inference.contract import InferenceMethod
         from frugallm.training.contract import TrainMethod
         from frugallm.training.run import check_steps, probe
 
         try:
             for kind in KINDS:
-                if issubclass(self.method, TrainMethod):
+                if issubclass(self.method, InferenceMethod):
+                    self.method(**parameters)
+                elif issubclass(self.method, TrainMethod):
                     job = train_job(self.method, kind, **parameters)
                     check_steps(job.steps, job.origin.scratch)
                     probe(job.steps, job.origin)
