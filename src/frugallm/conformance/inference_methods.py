@@ -56,7 +56,11 @@ class Stored:
 
 
 def stored(trial: Trial, kind: Kind) -> Stored:
-    """Return a random model as the method's ``stored_as`` says, computed in float32 beside it."""
+    """Return a random model as the method's ``stored_as`` says, computed in float32 beside it; made once."""
+    return trial.kept(kind, lambda: _store(trial, kind))
+
+
+def _store(trial: Trial, kind: Kind) -> Stored:
     method = _method(trial)
     model = random_model(kind)
     model.config.max_position_embeddings = LONG

@@ -111,11 +111,11 @@ class TiledAttention(InferenceMethod):
         with one_thread():
             for length in LENGTHS:
                 given = [x[:length] for x in heads[0]]
-                floats = [x.to(fast) for x in given]
+                q, k, v = (x.to(fast) for x in given)
                 arms = {
                     "tiled": partial(tiled, *given),
-                    "matrix": partial(by_matrix, *floats, scale=scale),
-                    "torch": partial(fused, *floats, scale=scale),
+                    "matrix": partial(by_matrix, q, k, v, scale),
+                    "torch": partial(fused, q, k, v, scale),
                 }
                 times = in_turn({name: partial(seconds_of, arm) for name, arm in arms.items()}, ROUNDS)
                 found[length] = {
