@@ -134,16 +134,17 @@ PACE = {"packed": [90.0, 100.0, 110.0], "transformers": [20.0, 30.0, 25.0]}
 
 
 @pytest.mark.parametrize(
-    ("pace", "size", "kl", "reason"),
+    ("pace", "size", "ratio", "reason"),
     [
-        (PACE, 30, 0.001, ""),
-        (PACE | {"transformers": [20.0, 95.0, 25.0]}, 30, 0.001, "not faster"),
-        (PACE, 60, 0.001, "0.60 of the memory"),
-        (PACE, 30, 0.02, "0.0200 nats/token"),
-        (PACE, 30, float("nan"), "nats/token"),
+        (PACE, 30, 1.001, ""),
+        (PACE | {"transformers": [20.0, 95.0, 25.0]}, 30, 1.001, "not faster"),
+        (PACE, 60, 1.001, "0.60 of the memory"),
+        (PACE, 30, 1.02, "perplexity times 1.0200"),
+        (PACE, 30, float("nan"), "perplexity times nan"),
     ],
 )
-def test_the_verdict_on_integer_products(pace, size, kl, reason):
-    claim = integer_verdict(Named, pace, {"packed": size, "transformers": 100}, kl, {})
+def test_the_verdict_on_integer_products(pace, size, ratio, reason):
+    cost = {"kl": 0.01, "perplexity": ratio}
+    claim = integer_verdict(Named, pace, {"packed": size, "transformers": 100}, cost, {})
     assert claim.passed == (not reason) and reason in claim.reason
     assert (claim.value, claim.baseline_value, claim.better) == (100.0, 25.0, "higher")
