@@ -184,36 +184,11 @@ def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return figures | {"how": runs[0]["facts"]}
 
 
-class OnEngine:
-    """What our engine predicts at every position of a window, in the form that the evaluator compares."""
-
-    def __init__(self, model: Path, longest: int) -> None:
-        from frugallm.engine.llm import LLM
-
-        self._runner = LLM(str(model), cache_tokens=longest).engine.runner
-        self._blocks = -(-longest // self._runner.block_size)
-
-    def states(self, window: Any) -> Any:
-        """Return float32 logits ``(positions, vocabulary)``, computed in steps of 256 tokens."""
-        import torch
-
-        positions = torch.arange(len(window), dtype=torch.int32)
-        blocks = torch.arange(self._blocks, dtype=torch.int32)[None]
-        found = []
-        for some in positions.split(256):
-            rows = torch.arange(len(some), dtype=torch.int32)
-            ends = torch.tensor([0, len(some)], dtype=torch.int32)
-            found.append(self._runner.step(window[some.long()].int(), some, ends, blocks, rows).clone())
-        return torch.cat(found)
-
-    def logits(self, states: Any) -> Any:
-        """Return what :meth:`states` returned."""
-        return states
-
-
 def quality(names: list[str], models: dict[str, Path], judge: common.Judge) -> dict[str, dict[str, Any]]:
     """Return KL and loss of every arm that can be evaluated: its values with inputs as they are, and ours on the engine."""
+    from frugallm.engine.llm import LLM
     from frugallm.evaluate.predictions import compare_window
+    from frugallm.inference.measures import RunnerPredictions
 
     readable = [name for name in names if ARMS[name].engine in ("frugal", "llama_cpp")]
     wanted = {ARMS[name].form: models[ARMS[name].form] for name in readable}
@@ -224,7 +199,8 @@ def quality(names: list[str], models: dict[str, Path], judge: common.Judge) -> d
         results[name] = {"evaluation": one.model_dump(mode="json")}
         if ARMS[name].engine != "frugal":
             continue
-        engine, reference = OnEngine(models[ARMS[name].form], judge.windows.shape[1]), judge.reference
+        llm = LLM(str(models[ARMS[name].form]), cache_tokens=judge.windows.shape[1])
+        engine, reference = RunnerPredictions(llm.engine.runner), judge.reference
         rows = [
             compare_window(engine, engine.states(window), window, reference.predictions, reference.states(i))
             for i, window in enumerate(judge.windows)

@@ -16,7 +16,8 @@ from frugallm.conformance.trial import KINDS, Trial, windows
 from frugallm.errors import ExportError
 from frugallm.formats.engines import loads_in_transformers
 from frugallm.formats.export import export
-from frugallm.handoff import HERE, changes, chosen_later, places
+from frugallm.handoff import ENGINE, HERE, changes, chosen_later, places
+from frugallm.inference.contract import InferenceMethod
 from frugallm.pages import method_page
 from frugallm.recipe import Recipe
 from frugallm.training.contract import TrainMethod
@@ -45,7 +46,9 @@ def loaded_by_the_checks(method):
         yield from (loads_in_transformers(trial.job(kind).plan) for kind in KINDS)
 
 
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize(
+    "name", [name for name, method in methods().items() if not issubclass(method, InferenceMethod)]
+)
 def test_the_page_says_where_the_checks_load_it(name):
     method = methods()[name]
     here = in_transformers(method())
@@ -59,6 +62,21 @@ def test_the_page_says_where_the_checks_load_it(name):
     for place in places(method()):
         assert f"{place.name.strip('`')}` | {place.seen}" in page or f"| {place.name} | {place.seen}" in page
     assert f"`{HERE}` | tested" in page
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, method in methods().items() if issubclass(method, InferenceMethod)]
+)
+def test_the_page_says_for_which_models_the_engine_answers_with_it(name):
+    method = methods()[name]
+    (place,) = places(method())
+    assert place.name == ENGINE and place.seen == "tested"
+    assert "llama" in place.note and "gpt2" not in place.note
+    page = method_page(method)
+    assert f"| `{ENGINE}` | tested | {place.note} |" in page
+    assert "## Where it acts" in page and "## Where the result loads" not in page
+    assert "| In a recipe | no step" in page
+    assert "what_it_is_not_for_is_refused" in {check.__name__ for check in checks_for(method)}
 
 
 def test_a_folder_that_holds_something_else_is_found_where_only_we_load_it():

@@ -4,10 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from finished_run import Heard
 from frugallm import catalogue
 from frugallm.catalogue import methods, read_record
+from frugallm.errors import ParameterError
 from frugallm.method import Claim
-from frugallm.reproduce import reproduce, results_page
+from frugallm.reproduce import able, reproduce, results_page
 
 BENCH = SimpleNamespace(model_name="org/m", checkpoint=SimpleNamespace(digest=lambda: "0" * 64))
 
@@ -39,6 +41,17 @@ def test_each_claim_is_written_and_tabled_whatever_came_out(claims, tmp_path):
     assert "| kl 1.1 | 0.9 (rtn W3) | not held: too small a model |" in page
     assert "earlier code" not in page
     assert read_record("gptq") is None
+
+
+def test_what_cannot_be_checked_here_is_left_out_or_refused_if_named(monkeypatch):
+    monkeypatch.setattr(methods()["gptq"], "claim_needs", classmethod(lambda cls: "a quantum processor"))
+    both, heard = [methods()["gptq"], methods()["rtn"]], Heard()
+    assert able(both, False, heard) == [methods()["rtn"]]
+    [(kind, facts)] = heard.events
+    assert kind == "note" and "gptq is left out: its claim needs a quantum processor" in facts["text"]
+    assert able([methods()["rtn"]], True, heard) == [methods()["rtn"]]
+    with pytest.raises(ParameterError, match="gptq needs a quantum processor"):
+        able(both, True, heard)
 
 
 def test_a_result_of_earlier_code_is_marked(claims, tmp_path):

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict
 from frugallm.errors import FrugalError, RecipeError, nearest
 from frugallm.method import Claim, Method, source_file
 
-FAMILIES = ("frugallm.compress",)
+FAMILIES = ("frugallm.compress", "frugallm.inference")
 RECORDS = Path(str(resources.files("frugallm"))) / "records"
 State = Literal["works", "preview", "planned"]
 

@@ -1,7 +1,8 @@
 """Where the result of a method loads: asked of the table of engines, and written down for no method.
 
 The method is planned on a small model of which only the shapes exist, and ``engines.yaml`` is asked what it says about
-such a plan. Methods that act while a model is trained say how they store a small one that they have not trained.
+such a plan. Methods that act while a model is trained say how they store a small one that they have not trained. Those
+that act while a model answers have no result; they say for which models they do so.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from frugallm.errors import FrugalError
 from frugallm.formats.engines import RESULTS, Seen, Support, engines_for, exports_for, table
+from frugallm.inference.contract import InferenceMethod
 from frugallm.method import Method
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from frugallm.training.contract import TrainMethod
 
 HERE = "frugallm.load"
+ENGINE = "frugallm.LLM"
 CHOSEN_LATER = "How each linear is stored is chosen when the work begins; the run says which engines load that no longer."
 MEANING = "*tested*: loaded and compared by FrugalLM itself; *documented*: by the engine's documentation, not run here."
 
@@ -52,11 +55,25 @@ def places(step: Method) -> list[Place]:
     FrugalError
         If the step has no result by itself.
     """
+    if isinstance(step, InferenceMethod):
+        return [_answered(step)]
     format, plan = _stored(step)
     direct = table_rows(format, plan)
     engines = [_place(engine, device, direct) for engine, device in _engines(direct)]
     here = Place(HERE, "tested", "" if plan is not None else f"reads the layout {format}")
     return [*engines, here, *([] if plan is None else _exports(plan))]
+
+
+def _answered(step: InferenceMethod) -> Place:
+    """Return for which models, by the ``model_type`` of their usual configuration, the engine answers with this step."""
+    from transformers import CONFIG_MAPPING
+
+    from frugallm.models.family import FAMILIES
+
+    kinds = [
+        kind for family in FAMILIES for kind in family.model_types if not step.why_not(CONFIG_MAPPING[kind]())
+    ]
+    return Place(ENGINE, "tested", f"with native kernels; models of type {', '.join(kinds)}")
 
 
 def changes(method: type[Method]) -> dict[str, list[str]]:

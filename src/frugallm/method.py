@@ -106,6 +106,11 @@ class Method(BaseModel):
         """Check the paper's main sentence on the bench's model."""
         raise NotImplementedError(f"{cls.__name__} has no claim check")
 
+    @classmethod
+    def claim_needs(cls) -> str:
+        """Return what this machine lacks to check the claim, or nothing."""
+        return ""
+
     def settings(self) -> dict[str, Any]:
         """Return all parameters, defaults written out, as plain JSON values."""
         return self.model_dump(mode="json")

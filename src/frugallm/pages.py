@@ -17,7 +17,8 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from frugallm.catalogue import MethodEntry, method_entry, methods, rows, survey, unlisted
-from frugallm.handoff import CHOSEN_LATER, MEANING, changes, chosen_later, places
+from frugallm.handoff import CHOSEN_LATER, MEANING, Place, changes, chosen_later, places
+from frugallm.inference.contract import InferenceMethod
 from frugallm.method import Card, Method, source_file
 
 GENERATED = "<!-- made by 'frugal docs' from the code -->"
@@ -98,25 +99,33 @@ def method_page(method: type[Method]) -> str:
         "## Parameters",
         "",
     ]
-    lines += ["| parameter | default | allowed | meaning |", "| --- | --- | --- | --- |"]
-    lines += [_parameter(key, field) for key, field in method.model_fields.items()]
-    lines += ["", "## Where the result loads", "", *where_it_loads(method)]
+    lines += _parameters(method)
+    lines += ["", *where_it_loads(method)]
     lines += ["", "## Claim", "", card.claim, "", _measured(card, entry), "", markdown(rest).strip()]
     return "\n".join(lines) + "\n"
 
 
 def where_it_loads(method: type[Method]) -> list[str]:
-    """Return lines about where the result of a method loads, on a Llama: with its defaults, and what other choices change."""
+    """Return the section about where a method's result loads, or where it acts if it has none.
+
+    That is on a Llama: with its defaults, and what other choices change.
+    """
     step = method()
-    lines = [f"On a Llama, with the defaults. {MEANING}", "", "| | loads | |", "| --- | --- | --- |"]
-    for place in places(step):
-        name = f"`{place.name}`" if place.name.startswith("frugal") else place.name
-        lines.append(f"| {name} | {place.seen} | {place.note} |".replace("  ", " "))
+    if isinstance(step, InferenceMethod):
+        lines = ["## Where it acts", "", "In the engine, by itself; it changes no stored model."]
+        return [*lines, "", "| | acts | |", "| --- | --- | --- |", *map(_place, places(step))]
+    lines = ["## Where the result loads", "", f"On a Llama, with the defaults. {MEANING}"]
+    lines += ["", "| | loads | |", "| --- | --- | --- |", *map(_place, places(step))]
     others = changes(method)
     if others:
         lines += ["", "Other choices, each by itself:", ""]
         lines += [f"- {', '.join(f'`{word}`' for word in words)}: {what}" for what, words in others.items()]
     return lines + (["", CHOSEN_LATER] if chosen_later(step) else [])
+
+
+def _place(place: Place) -> str:
+    name = f"`{place.name}`" if place.name.startswith("frugal") else place.name
+    return f"| {name} | {place.seen} | {place.note} |".replace("  ", " ")
 
 
 def markdown(text: str) -> str:
@@ -154,7 +163,8 @@ def _inline(line: str) -> str:
 def _facts(name: str, method: type[Method], entry: MethodEntry) -> list[str]:
     card = method.card
     row = next((r for r in rows() if r.id == card.row), None)
-    facts = {"In a recipe": f"`{name}`", "State": entry.state}
+    step = "no step; the engine does it by itself" if issubclass(method, InferenceMethod) else f"`{name}`"
+    facts = {"In a recipe": step, "State": entry.state}
     if row is not None:
         facts["Survey"] = f"{row.section}: {row.name}"
     if card.paper:
@@ -183,6 +193,13 @@ def _measured(card: Card, entry: MethodEntry) -> str:
 
 def _link(entry: MethodEntry) -> str:
     return f"[{entry.name}]({entry.name}.md)"
+
+
+def _parameters(method: type[Method]) -> list[str]:
+    if not method.model_fields:
+        return ["None."]
+    rows = [_parameter(key, field) for key, field in method.model_fields.items()]
+    return ["| parameter | default | allowed | meaning |", "| --- | --- | --- | --- |", *rows]
 
 
 def _parameter(name: str, field: FieldInfo) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from frugallm.catalogue import methods, write_record
+from frugallm.errors import ParameterError
 from frugallm.method import Claim, Method
 from frugallm.progress import Progress
 
@@ -88,6 +89,28 @@ def reproduce(
             write_record(method, claim=claim)
         shown.event("claim", index=index, of=len(chosen))
         yield result
+
+
+def able(chosen: Sequence[type[Method]], named: bool, progress: Progress) -> list[type[Method]]:
+    """Return the methods whose claims can be checked on this machine; those left out are noted.
+
+    Raises
+    ------
+    ParameterError
+        If one cannot that the user has ``named``.
+    """
+    found = []
+    for method in chosen:
+        needs = method.claim_needs()
+        if needs and named:
+            raise ParameterError(
+                f"the claim of {method.name()} needs {needs}", "Leave it out, or see 'frugal doctor'"
+            )
+        if needs:
+            progress.event("note", text=f"{method.name()} is left out: its claim needs {needs}")
+        else:
+            found.append(method)
+    return found
 
 
 def installed_versions() -> dict[str, str]:

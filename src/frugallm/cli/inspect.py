@@ -79,11 +79,16 @@ def _applicable(checkpoint: Checkpoint) -> Iterator[str]:
     from frugallm.compress.plan import make_plan
     from frugallm.compress.prepare import prepared
     from frugallm.errors import FrugalError
+    from frugallm.inference.contract import InferenceMethod
     from frugallm.training.contract import TrainMethod
 
     for name, method in methods().items():
         if issubclass(method, TrainMethod):
             yield f"  {name:<16}{method.card.summary} (frugal train)"
+            continue
+        if issubclass(method, InferenceMethod):
+            reason = method().why_not(checkpoint.config)
+            yield f"  {name:<16}{f'does not act: {reason}' if reason else f'{method.card.summary} (frugal generate)'}"
             continue
         try:
             step = method()

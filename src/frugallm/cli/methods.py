@@ -62,7 +62,7 @@ def show_one(name: str, section: str, *, json: bool) -> None:
         return
     claim = f"{card.claim} {claim_text(entry.claim) or 'not measured yet with the code as it is'}."
     lines = [f"# {card.title} ({entry.state})", "", card.summary, "", f"Claim: {claim}"]
-    show_markdown("\n".join([*lines, "", "## Where the result loads", "", *where_it_loads(method)]))
+    show_markdown("\n".join([*lines, "", *where_it_loads(method)]))
 
 
 def show(entries: list[Entry]) -> None:

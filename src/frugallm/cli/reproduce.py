@@ -36,10 +36,11 @@ def reproduce(
     from frugallm.cli.methods import claim_text
     from frugallm.evaluate.bench import Bench
     from frugallm.progress import Progress
+    from frugallm.reproduce import able, results_page
     from frugallm.reproduce import reproduce as check_claims
-    from frugallm.reproduce import results_page
 
     with Progress("auto") as shown:
+        chosen = able(chosen, bool(methods), shown)
         shown.event("stage", text=f"reading {model}")
         bench = Bench(model, text, eval_text, samples=samples)
         for result in check_claims(chosen, bench, RESULTS, record, shown):

@@ -14,6 +14,7 @@ from frugallm.compress.prepare import check_first, rotate_inputs
 from frugallm.compress.prune.unstructured.masks import Sparsity
 from frugallm.errors import RecipeError
 from frugallm.formats.quantized_tensor import ActivationScheme, LinearScheme, QuantizedTensor, WeightScheme
+from frugallm.inference.contract import refuse_inference
 from frugallm.method import Method
 from frugallm.walk.statistics import PAIRED
 
@@ -231,6 +232,7 @@ def make_plan(steps: Sequence[Method], checkpoint: Checkpoint) -> Plan:
     blocks = [s for s in steps if isinstance(s, BlockMethod)]
     tables = [s for s in steps if isinstance(s, TableMethod)]
     for step in steps:
+        refuse_inference(step)
         if not isinstance(step, PrepareMethod | BlockMethod | TableMethod):
             raise RecipeError(
                 f"'{step.name()}' is not a post-training compression step",

@@ -18,7 +18,15 @@ __all__ = ["Outcome", "check", "checks_for"]
 def checks_for(method: type[Method]) -> list[Check]:
     """Return the checks that apply to ``method``, the cheap ones first."""
     from frugallm.compress.contract import BlockMethod, PrepareMethod, TableMethod
-    from frugallm.conformance import block_methods, methods, prepare_methods, table_methods, train_methods
+    from frugallm.conformance import (
+        block_methods,
+        inference_methods,
+        methods,
+        prepare_methods,
+        table_methods,
+        train_methods,
+    )
+    from frugallm.inference.contract import InferenceMethod
     from frugallm.training.contract import TrainMethod
 
     found = methods.checks(method)
@@ -30,6 +38,8 @@ def checks_for(method: type[Method]) -> list[Check]:
         found += table_methods.checks(method)
     if issubclass(method, TrainMethod):
         found += train_methods.checks(method)
+    if issubclass(method, InferenceMethod):
+        found += inference_methods.checks(method)
     return found
 
 

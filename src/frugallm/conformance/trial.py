@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PretrainedConfig
 
 Kind = Literal["tied", "untied"]
+Kept = TypeVar("Kept")
 KINDS: tuple[Kind, ...] = ("tied", "untied")
 #: Grouped heads, and widths that are no multiple of 128; the second has biases, and wide heads.
 SHAPES: dict[Kind, dict[str, Any]] = {
@@ -151,6 +152,7 @@ class Trial:
         self.method = method
         self._folder = tempfile.TemporaryDirectory(prefix="frugal-check-")
         self._runs: dict[tuple[Kind, torch.dtype], Run] = {}
+        self._kept: dict[Any, Any] = {}
         self._count = 0
 
     def __enter__(self) -> Trial:
@@ -169,6 +171,12 @@ class Trial:
         self._count += 1
         return Path(self._folder.name) / f"run-{self._count}"
 
+    def kept(self, key: Any, make: Callable[[], Kept]) -> Kept:
+        """Return what ``make`` gave when it was first asked for ``key``."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
     def job(self, kind: Kind = "tied", dtype: torch.dtype = torch.float32, **parameters: Any) -> Job:
         """Return the job of compressing a random model with this method alone."""
         return job_for(InMemory(random_model(kind, dtype)), [self.method(**parameters)], windows(kind))
@@ -184,12 +192,15 @@ class Trial:
     def accepts(self, **parameters: Any) -> bool:
         """Whether parameters that are legal by themselves make sense together, and with the random models."""
         from frugallm.conformance.train_methods import train_job
+        from frugallm.inference.contract import InferenceMethod
         from frugallm.training.contract import TrainMethod
         from frugallm.training.run import check_steps, probe
 
         try:
             for kind in KINDS:
-                if issubclass(self.method, TrainMethod):
+                if issubclass(self.method, InferenceMethod):
+                    self.method(**parameters)
+                elif issubclass(self.method, TrainMethod):
                     job = train_job(self.method, kind, **parameters)
                     check_steps(job.steps, job.origin.scratch)
                     probe(job.steps, job.origin)

@@ -9,10 +9,15 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+
+from frugallm.errors import JobError
 
 _STATUS = Path("/proc/self/status")
+_RESET = Path("/proc/self/clear_refs")
 
 
 def status_bytes(field: str) -> int | None:
@@ -42,6 +47,29 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
+
+
+def extra_bytes(work: Callable[[], Any]) -> int:
+    """Return the most resident memory that a call takes beside what is there before, its result included, in bytes.
+
+    The system keeps the peak itself, so nothing is missed however short it is. A first call takes what is taken once.
+
+    Raises
+    ------
+    JobError
+        Where the system keeps no peak that can be set back (anything but Linux).
+    """
+    work()
+    give_back()
+    try:
+        _RESET.write_text("5")  # sets the peak back to what is resident now
+    except OSError as error:
+        raise JobError(f"memory cannot be measured here ({error})", "It takes Linux's /proc") from error
+    before = status_bytes("VmHWM") or 0
+    result = work()
+    peak = status_bytes("VmHWM") or 0
+    del result
+    return peak - before
 
 
 def available_bytes() -> int:

@@ -8,7 +8,7 @@ of a forward pass.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 PROBE_TOKENS = 8
+
+
+class HasLogits(Protocol):
+    """What can be compared: states of a window, some rows at a time, become logits."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return float32 logits ``(positions, vocabulary)``."""
+        ...
 
 
 class Predictions:
@@ -88,10 +96,10 @@ def _dtype_name(model: nn.Module, products: torch.dtype) -> str:
 
 
 def compare_window(
-    ours: Predictions,
+    ours: HasLogits,
     states: Tensor,
     targets: Tensor,
-    theirs: Predictions | None = None,
+    theirs: HasLogits | None = None,
     theirs_states: Tensor | None = None,
 ) -> tuple[float, float, float]:
     """Return mean negative log-likelihood, KL divergence and top-1 agreement over one window.

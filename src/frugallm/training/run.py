@@ -15,6 +15,7 @@ from torch import Tensor
 import frugallm
 from frugallm.compression import DTYPES, Clock
 from frugallm.errors import DataError, FrugalError, ParameterError, RecipeError, nearest
+from frugallm.inference.contract import refuse_inference
 from frugallm.progress import Progress
 from frugallm.training.contract import TrainMethod
 from frugallm.training.loop import Settings, begin, fit, method_arguments
@@ -219,6 +220,7 @@ def training_steps(steps: Any) -> tuple[TrainMethod, ...]:
         return ()
     found = Recipe.of(listed).steps
     for step in found:
+        refuse_inference(step)
         if not isinstance(step, TrainMethod):
             raise RecipeError(
                 f"'{step.name()}' does not act while a model is trained",

@@ -1,0 +1,1 @@
+"""Methods that act while a model answers: their contract, one file per method, and what their claims measure with."""
