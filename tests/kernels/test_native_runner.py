@@ -1,7 +1,12 @@
 """A native step computes what the plain model computes, and a token's result depends on its own sequence alone."""
 
+import shutil
+
+import gguf
+import numpy as np
 import pytest
 import torch
+from tiny_llama import GGUFWriter, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from finished_run import finished
@@ -10,7 +15,10 @@ from frugallm.formats.decoded import Decoded
 from frugallm.kernels import library
 from frugallm.kernels.decoder import read_decoder
 from frugallm.kernels.native_runner import NativeRunner
+from frugallm.kernels.packing import in_turns
+from frugallm.models.gguf_file import GGUFFile
 from frugallm.models.in_memory import InMemory
+from frugallm.models.open import dense_model
 
 PATHS = library.usable_paths()
 pytestmark = pytest.mark.skipif(not PATHS, reason="the native kernels are not built")
@@ -138,6 +146,54 @@ def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, steps):
     expected = stored(tokens[None].long()).logits[0]
     found = one_text(NativeRunner(decoder, blocks=3, threads=1), tokens, LENGTH, numbers(0, 1, 2))
     assert ((found - expected) ** 2).sum() / (expected**2).sum() < 5e-3  # inputs are rounded to int8 as well
+
+
+K_QUANTS = {
+    "embd.weight": "Q6_K",
+    "attn_v.weight": "Q6_K",
+    "ffn_gate.weight": "Q3_K",
+    "ffn_up.weight": "IQ4_NL",
+    "ffn_down.weight": "Q2_K",
+    **dict.fromkeys(("attn_q.weight", "attn_k.weight", "attn_output.weight"), "Q4_K"),
+}
+
+
+@pytest.fixture(scope="module")
+def k_quants(tmp_path_factory):
+    """A GGUF file in which weights that share an input have different types."""
+    model = tiny_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    return GGUFWriter(tmp_path_factory.mktemp("gguf"))(model=model, kinds=K_QUANTS)
+
+
+def test_a_gguf_file_is_computed_by_its_codes(k_quants):
+    checkpoint = GGUFFile(k_quants)
+    decoder, state = read_decoder(checkpoint), checkpoint.block_state(0)
+    layer = decoder.layers[0]
+    parts = {
+        "qkv": ("int8", [f"self_attn.{part}_proj" for part in "qkv"]),
+        "output": ("int4", ["self_attn.o_proj"]),
+        "gate_up": ("int8", ["mlp.gate_proj", "mlp.up_proj"]),
+        "down": ("int4", ["mlp.down_proj"]),
+    }
+    for name, (kind, paths) in parts.items():
+        weight, values = getattr(layer, name), torch.cat([state[f"{path}.weight"] for path in paths])
+        assert weight.kind == kind
+        assert torch.equal(weight.dequantize(), in_turns(values) if name == "gate_up" else values)
+    assert decoder.head.kind == "int8"
+    assert torch.equal(decoder.head.dequantize(), checkpoint.tensor("model.embed_tokens.weight"))
+    tokens = texts(1)[0]
+    expected = dense_model(checkpoint)(tokens[None].long()).logits[0]
+    found = one_text(NativeRunner(decoder, blocks=3, threads=1), tokens, LENGTH, numbers(0, 1, 2))
+    assert ((found - expected) ** 2).sum() / (expected**2).sum() < 5e-3
+
+
+def test_scales_that_are_no_numbers_are_refused(k_quants, tmp_path):
+    path = shutil.copy(k_quants, tmp_path)
+    tensors = gguf.GGUFReader(path, "r+").tensors
+    stored = next(t for t in tensors if t.name == "blk.0.attn_output.weight")
+    stored.data[3, 0:2] = np.array([np.nan], np.float16).view(np.uint8)
+    with pytest.raises(ModelError, match=r"o_proj\.weight holds NaN"):
+        read_decoder(GGUFFile(path))
 
 
 def test_a_copied_block_holds_the_same():

@@ -213,6 +213,11 @@ def _weight(checkpoint: Checkpoint, path: str) -> Codes | Tensor:
     if isinstance(checkpoint, GGUFFile):
         kind, raw = checkpoint.stored(f"{path}.weight")
         if (codes := gguf_codes(kind, raw)) is not None:
+            if not all(bool(x.isfinite().all()) for x in (codes.scales, codes.zeros) if x is not None):
+                raise ModelError(
+                    f"{checkpoint.where(f'{path}.weight')}: {path}.weight holds NaN or infinite values",
+                    "Get an intact copy of the model",
+                )
             return codes
         return checkpoint.tensor(f"{path}.weight").to(torch.bfloat16 if kind == "BF16" else torch.float32)
     return checkpoint.tensor(f"{path}.weight")
