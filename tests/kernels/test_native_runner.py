@@ -39,7 +39,21 @@ KINDS = {
     "mistral": {"sliding_window": 9, "head_dim": 20},
     "qwen2": {"num_key_value_heads": 4},
     "qwen3": {"head_dim": 32, "num_key_value_heads": 1},
+    "gemma3_text": {
+        "head_dim": 24,
+        "num_key_value_heads": 1,
+        "sliding_window": 9,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 40,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        },
+    },
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+LATER = {"sliding_attention": DYNAMIC}
 LENGTH = 37
 
 
@@ -92,9 +106,10 @@ def test_a_step_computes_the_plain_model(kind):
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("path", PATHS)
-def test_neither_chunks_nor_neighbours_nor_threads_nor_blocks_change_a_bit(path):
-    decoder = read_decoder(InMemory(tiny("llama")))
+def test_neither_chunks_nor_neighbours_nor_threads_nor_blocks_change_a_bit(path, kind):
+    decoder = read_decoder(InMemory(tiny(kind)))
     some = texts(3)
     plain = NativeRunner(decoder, blocks=12, threads=1, path="generic")
     expected = [one_text(plain, text, LENGTH, numbers(0, 1, 2)) for text in some]
@@ -134,10 +149,15 @@ def test_threads_that_share_a_long_text_by_chunks_change_no_bit():
 
 
 @pytest.mark.parametrize(
-    "steps", [["rtn:bits=4,group_size=32", "embedding"], ["rtn:bits=8,group_size=-1", "inputs:bits=8"]]
+    ("kind", "steps"),
+    [
+        ("llama", ["rtn:bits=4,group_size=32", "embedding"]),
+        ("llama", ["rtn:bits=8,group_size=-1", "inputs:bits=8"]),
+        ("gemma3_text", ["rtn:bits=4,group_size=32", "embedding"]),
+    ],
 )
-def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, steps):
-    folder, values, stored = finished(tmp_path, tiny("llama", intermediate_size=96), steps)
+def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, kind, steps):
+    folder, values, stored = finished(tmp_path, tiny(kind, intermediate_size=96), steps)
     decoder = read_decoder(Decoded(folder))
     layer = decoder.layers[0]
     assert layer.down.kind == ("int4" if "4" in steps[0] else "int8")
@@ -232,13 +252,28 @@ def test_what_does_not_fit_is_refused(what, changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("kind", "changes", "reason"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"head_dim": 512}, "512"),
+        ("llama", {"rope_parameters": DYNAMIC}, "dynamic"),
+        ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("llama", {"head_dim": 512}, "512"),
+        ("gemma3_text", {"rope_parameters": KINDS["gemma3_text"]["rope_parameters"] | LATER}, "dynamic"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "gelu"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "capped"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "capped"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
     ],
 )
-def test_models_without_a_native_step_are_refused(changes, reason):
+def test_models_without_a_native_step_are_refused(kind, changes, reason):
     with pytest.raises(ModelError, match=reason):
-        read_decoder(InMemory(tiny("llama", **changes)))
+        read_decoder(InMemory(tiny(kind, **changes)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_table_is_scaled_as_the_plain_model_scales_it(dtype):
+    model = tiny("gemma3_text", hidden_size=40).to(dtype)
+    decoder = read_decoder(InMemory(model))
+    assert decoder.embed_scale == float(torch.tensor(40**0.5).to(dtype))
+    tokens = texts(1)[0].long()
+    scaled = decoder.embedding.dequantize()[tokens] * decoder.embed_scale
+    assert torch.equal(scaled.to(dtype), model.model.embed_tokens(tokens))
