@@ -196,11 +196,8 @@ def _rotary_parameters(config: Any) -> dict[str, dict[str, Any]]:
 
 def _rotations(checkpoint: Checkpoint, plain: Any, positions: int) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of every position, float32 ``(rotations, positions, head / 2)``, as the plain model has them."""
-    rotary, half = (
-        plain.get_submodule(f"{checkpoint.family.base}.rotary_emb"),
-        Heads.of(plain.config).width // 2,
-    )
-    places = torch.arange(positions)[None]
+    rotary = plain.get_submodule(f"{checkpoint.family.base}.rotary_emb")
+    half, places = Heads.of(plain.config).width // 2, torch.arange(positions)[None]
     kinds = _rotary_parameters(plain.config)
     found = [rotary(torch.empty(0), places, *filter(None, [kind])) for kind in kinds]
     cos, sin = (torch.stack([part[0, :, :half] for part in parts]) for parts in zip(*found))
