@@ -33,18 +33,26 @@ def seen(request):
     return [(s.output, s.logprobs, "".join(s.texts), s.finish, s.stop) for s in request.sequences]
 
 
-@pytest.fixture(scope="module", params=["reference", "native"])
-def runner(request, small_llama):
-    """What makes a runner with so many blocks."""
-    if request.param == "reference":
-        return partial(ReferenceRunner, small_llama)
+RUNNERS = ["reference", "native"]
+
+
+def runner_of(name, model):
+    """What makes a runner of a model with so many blocks."""
+    if name == "reference":
+        return partial(ReferenceRunner, model)
     native, decoder, library = (
         pytest.importorskip(f"frugallm.kernels.{name}") for name in ("native_runner", "decoder", "library")
     )
     if not library.usable_paths():
         pytest.skip("the native kernels are not built")
     best = library.usable_paths()[-1]
-    return partial(native.NativeRunner, decoder.read_decoder(InMemory(small_llama)), path=best)
+    return partial(native.NativeRunner, decoder.read_decoder(InMemory(model)), path=best)
+
+
+@pytest.fixture(scope="module", params=RUNNERS)
+def runner(request, small_llama):
+    """What makes a runner with so many blocks."""
+    return runner_of(request.param, small_llama)
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +121,10 @@ class TestSame:
         assert [seen(request) for request in requests] == alone[which]
 
 
+@pytest.mark.parametrize("name", RUNNERS)
 @pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "qwen2", "qwen3"])
-def test_every_family_in_a_batch_with_chunks_and_little_cache(make_engine, kind):
-    new = partial(ReferenceRunner, tiny(kind))
+def test_every_family_in_a_batch_with_chunks_and_little_cache(make_engine, kind, name):
+    new = runner_of(name, tiny(kind))
     alone = [answer_alone(make_engine(new), prompt, SAMPLED) for prompt in PROMPTS[:4]]
     engine = make_engine(new, blocks=5, step=9)
     requests = [engine.add(prompt, SAMPLED) for prompt in PROMPTS[:4]]

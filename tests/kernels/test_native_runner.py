@@ -1,7 +1,12 @@
 """A native step computes what the plain model computes, and a token's result depends on its own sequence alone."""
 
+import shutil
+
+import gguf
+import numpy as np
 import pytest
 import torch
+from tiny_llama import GGUFWriter, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from finished_run import finished
@@ -10,7 +15,10 @@ from frugallm.formats.decoded import Decoded
 from frugallm.kernels import library
 from frugallm.kernels.decoder import read_decoder
 from frugallm.kernels.native_runner import NativeRunner
+from frugallm.kernels.packing import in_turns
+from frugallm.models.gguf_file import GGUFFile
 from frugallm.models.in_memory import InMemory
+from frugallm.models.open import dense_model
 
 PATHS = library.usable_paths()
 pytestmark = pytest.mark.skipif(not PATHS, reason="the native kernels are not built")
@@ -31,7 +39,21 @@ KINDS = {
     "mistral": {"sliding_window": 9, "head_dim": 20},
     "qwen2": {"num_key_value_heads": 4},
     "qwen3": {"head_dim": 32, "num_key_value_heads": 1},
+    "gemma3_text": {
+        "head_dim": 24,
+        "num_key_value_heads": 1,
+        "sliding_window": 9,
+        "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 40,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6},
+        },
+    },
 }
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+LATER = {"sliding_attention": DYNAMIC}
 LENGTH = 37
 
 
@@ -84,9 +106,10 @@ def test_a_step_computes_the_plain_model(kind):
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("path", PATHS)
-def test_neither_chunks_nor_neighbours_nor_threads_nor_blocks_change_a_bit(path):
-    decoder = read_decoder(InMemory(tiny("llama")))
+def test_neither_chunks_nor_neighbours_nor_threads_nor_blocks_change_a_bit(path, kind):
+    decoder = read_decoder(InMemory(tiny(kind)))
     some = texts(3)
     plain = NativeRunner(decoder, blocks=12, threads=1, path="generic")
     expected = [one_text(plain, text, LENGTH, numbers(0, 1, 2)) for text in some]
@@ -126,10 +149,15 @@ def test_threads_that_share_a_long_text_by_chunks_change_no_bit():
 
 
 @pytest.mark.parametrize(
-    "steps", [["rtn:bits=4,group_size=32", "embedding"], ["rtn:bits=8,group_size=-1", "inputs:bits=8"]]
+    ("kind", "steps"),
+    [
+        ("llama", ["rtn:bits=4,group_size=32", "embedding"]),
+        ("llama", ["rtn:bits=8,group_size=-1", "inputs:bits=8"]),
+        ("gemma3_text", ["rtn:bits=4,group_size=32", "embedding"]),
+    ],
 )
-def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, steps):
-    folder, values, stored = finished(tmp_path, tiny("llama", intermediate_size=96), steps)
+def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, kind, steps):
+    folder, values, stored = finished(tmp_path, tiny(kind, intermediate_size=96), steps)
     decoder = read_decoder(Decoded(folder))
     layer = decoder.layers[0]
     assert layer.down.kind == ("int4" if "4" in steps[0] else "int8")
@@ -138,6 +166,54 @@ def test_a_compressed_folder_is_computed_by_its_codes(tmp_path, steps):
     expected = stored(tokens[None].long()).logits[0]
     found = one_text(NativeRunner(decoder, blocks=3, threads=1), tokens, LENGTH, numbers(0, 1, 2))
     assert ((found - expected) ** 2).sum() / (expected**2).sum() < 5e-3  # inputs are rounded to int8 as well
+
+
+K_QUANTS = {
+    "embd.weight": "Q6_K",
+    "attn_v.weight": "Q6_K",
+    "ffn_gate.weight": "Q3_K",
+    "ffn_up.weight": "IQ4_NL",
+    "ffn_down.weight": "Q2_K",
+    **dict.fromkeys(("attn_q.weight", "attn_k.weight", "attn_output.weight"), "Q4_K"),
+}
+
+
+@pytest.fixture(scope="module")
+def k_quants(tmp_path_factory):
+    """A GGUF file in which weights that share an input have different types."""
+    model = tiny_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    return GGUFWriter(tmp_path_factory.mktemp("gguf"))(model=model, kinds=K_QUANTS)
+
+
+def test_a_gguf_file_is_computed_by_its_codes(k_quants):
+    checkpoint = GGUFFile(k_quants)
+    decoder, state = read_decoder(checkpoint), checkpoint.block_state(0)
+    layer = decoder.layers[0]
+    parts = {
+        "qkv": ("int8", [f"self_attn.{part}_proj" for part in "qkv"]),
+        "output": ("int4", ["self_attn.o_proj"]),
+        "gate_up": ("int8", ["mlp.gate_proj", "mlp.up_proj"]),
+        "down": ("int4", ["mlp.down_proj"]),
+    }
+    for name, (kind, paths) in parts.items():
+        weight, values = getattr(layer, name), torch.cat([state[f"{path}.weight"] for path in paths])
+        assert weight.kind == kind
+        assert torch.equal(weight.dequantize(), in_turns(values) if name == "gate_up" else values)
+    assert decoder.head.kind == "int8"
+    assert torch.equal(decoder.head.dequantize(), checkpoint.tensor("model.embed_tokens.weight"))
+    tokens = texts(1)[0]
+    expected = dense_model(checkpoint)(tokens[None].long()).logits[0]
+    found = one_text(NativeRunner(decoder, blocks=3, threads=1), tokens, LENGTH, numbers(0, 1, 2))
+    assert ((found - expected) ** 2).sum() / (expected**2).sum() < 5e-3
+
+
+def test_scales_that_are_no_numbers_are_refused(k_quants, tmp_path):
+    path = shutil.copy(k_quants, tmp_path)
+    tensors = gguf.GGUFReader(path, "r+").tensors
+    stored = next(t for t in tensors if t.name == "blk.0.attn_output.weight")
+    stored.data[3, 0:2] = np.array([np.nan], np.float16).view(np.uint8)
+    with pytest.raises(ModelError, match=r"o_proj\.weight holds NaN"):
+        read_decoder(GGUFFile(path))
 
 
 def test_a_copied_block_holds_the_same():
@@ -176,13 +252,28 @@ def test_what_does_not_fit_is_refused(what, changes):
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("kind", "changes", "reason"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"head_dim": 512}, "512"),
+        ("llama", {"rope_parameters": DYNAMIC}, "dynamic"),
+        ("llama", {"hidden_act": "gelu"}, "gelu"),
+        ("llama", {"head_dim": 512}, "512"),
+        ("gemma3_text", {"rope_parameters": KINDS["gemma3_text"]["rope_parameters"] | LATER}, "dynamic"),
+        ("gemma3_text", {"hidden_activation": "gelu"}, "gelu"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "capped"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "capped"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "looks ahead"),
     ],
 )
-def test_models_without_a_native_step_are_refused(changes, reason):
+def test_models_without_a_native_step_are_refused(kind, changes, reason):
     with pytest.raises(ModelError, match=reason):
-        read_decoder(InMemory(tiny("llama", **changes)))
+        read_decoder(InMemory(tiny(kind, **changes)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_table_is_scaled_as_the_plain_model_scales_it(dtype):
+    model = tiny("gemma3_text", hidden_size=40).to(dtype)
+    decoder = read_decoder(InMemory(model))
+    assert decoder.embed_scale == float(torch.tensor(40**0.5).to(dtype))
+    tokens = texts(1)[0].long()
+    scaled = decoder.embedding.dequantize()[tokens] * decoder.embed_scale
+    assert torch.equal(scaled.to(dtype), model.model.embed_tokens(tokens))

@@ -3,13 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 from frugallm.compress.quantize.rtn import RTN
+from frugallm.formats.gguf_types import decode, encode
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
 from frugallm.kernels.cases import LINEARS
-from frugallm.kernels.gguf_codes import TYPES, gguf_codes
+from frugallm.kernels.gguf_codes import TYPES as GGUF_TYPES
+from frugallm.kernels.gguf_codes import gguf_codes
 from frugallm.kernels.packing import codes_of, in_turns, joined, pack_float, pack_weight, packable
 
 
@@ -63,11 +65,33 @@ def test_float_zero_points_become_least_values():
     torch.testing.assert_close(packed.dequantize(), q.dequantize(), rtol=1e-6, atol=1e-6)
 
 
-def test_what_is_on_no_integer_grid_is_packed_by_its_values():
-    scheme = WeightScheme(bits=4, grid="e2m1", group_size=32)
-    q = QuantizedTensor(
-        torch.randint(-7, 8, (20, 64), dtype=torch.int8), torch.rand(20, 2).bfloat16(), None, scheme
+def on_levels(grid, scale_dtype, group_size=32):
+    """Return every code of a grid that is not the integers, with scales of many sizes."""
+    two = scale_dtype == "float8_e4m3fn"
+    bits = 8 if grid == "e4m3" else 4
+    scheme = WeightScheme(bits=bits, grid=grid, group_size=group_size, scale_dtype=scale_dtype)
+    low, high = scheme.code_range
+    codes = torch.randint(low, high + 1, (20, 64), dtype=torch.int8)
+    scale = (torch.rand(20, 64 // group_size) + 2.0 ** torch.randint(-9, 4, (20, 1))).to(
+        getattr(torch, scale_dtype)
     )
+    return QuantizedTensor(codes, scale, None, scheme, unit=torch.tensor([256.0]) if two else None)
+
+
+@pytest.mark.parametrize(
+    ("scale_dtype", "group_size"),
+    [("float8_e8m0fnu", 32), ("float8_e4m3fn", 16), ("bfloat16", 64), ("float32", 32)],
+)
+def test_four_bit_floats_are_whole_numbers_of_half_a_scale(scale_dtype, group_size):
+    q = on_levels("e2m1", scale_dtype, group_size)
+    packed = pack_weight(packable(q))
+    assert packed.kind == "int8"
+    assert torch.equal(packed.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("grid", ["e4m3", "olive"])
+def test_what_is_on_no_integer_grid_is_packed_by_its_values(grid):
+    q = on_levels(grid, "bfloat16")
     packed = pack_weight(packable(q))
     assert packed.kind == "float32"
     assert torch.equal(packed.dequantize(), q.dequantize())
@@ -84,10 +108,44 @@ def test_weights_that_share_an_input_are_one_weight():
     one = joined([packable(q) for q in same]).pack()
     assert one.kind == "int4"
     assert torch.equal(one.dequantize(), torch.cat([q.dequantize() for q in same]))
-    others = [stored(4, 32, True), stored(8, 96, True), torch.randn(5, 96)]
+    others = [stored(4, 32, True), torch.randn(5, 96)]
     given = [w if isinstance(w, torch.Tensor) else packable(w) for w in others]
     dense = [w if isinstance(w, torch.Tensor) else w.dequantize() for w in others]
     assert torch.equal(joined(given), torch.cat(dense))
+
+
+@pytest.mark.parametrize(
+    ("forms", "group"),
+    [
+        ([(4, 32, True), (8, 96, True)], 32),
+        ([(4, 32, True), (4, 48, False)], 16),
+        ([(4, 32, False, "float16"), (6, 16, True), (8, 48, False)], 16),
+    ],
+)
+def test_weights_in_different_forms_are_one_weight_in_codes(forms, group):
+    weights = [stored(*form) for form in forms]
+    one = pack_weight(joined([packable(q) for q in weights]))
+    assert (one.kind, one.group) == ("int4" if len({f[0] for f in forms}) == 1 else "int8", group)
+    expected = torch.cat([pack_weight(packable(q)).dequantize() for q in weights])
+    assert torch.equal(one.dequantize(), expected)
+
+
+def test_codes_of_two_gguf_types_are_one_weight():
+    kinds = ("Q4_K", "Q6_K", "IQ4_NL")
+    rows = [encode(torch.randn(20, 512), kind) for kind in kinds]
+    one = pack_weight(joined([gguf_codes(kind, raw) for kind, raw in zip(kinds, rows)]))
+    assert (one.kind, one.group, one.has_minima) == ("int8", 16, True)
+    assert torch.equal(one.dequantize(), torch.cat([decode(raw, kind) for kind, raw in zip(kinds, rows)]))
+
+
+def test_scales_that_leave_no_room_for_a_least_value_are_joined_by_their_values():
+    weights = [
+        packable(stored(4, 32, False, "float16")),
+        packable(stored(8, 32, True, scale_dtype="float32")),
+    ]
+    one = joined(weights)
+    assert isinstance(one, torch.Tensor)
+    assert torch.equal(one, torch.cat([pack_weight(w).dequantize() for w in weights]))
 
 
 def test_gate_and_up_in_turns():
@@ -107,15 +165,23 @@ def test_what_a_solver_returns_can_be_packed():
     assert torch.equal(pack_weight(packable(q)).dequantize(), q.dequantize())
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_codes_of_gguf_files(kind):
-    weight = np.random.default_rng(0).standard_normal((20, 96)).astype(np.float32)
-    quantized = quantize(weight, GGMLQuantizationType[kind])
-    packed = pack_weight(gguf_codes(kind, quantized))
-    expected = dequantize(quantized, GGMLQuantizationType[kind])
-    assert packed.kind == ("int4" if "4" in kind else "int8")
-    torch.testing.assert_close(packed.dequantize(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7)
+def any_bytes(kind, rows=20, blocks=3):
+    """Return rows of bytes as a file may hold them: every pattern of codes and scales, some not finite."""
+    size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1]
+    return np.random.default_rng(size).integers(0, 256, (rows, blocks * size), dtype=np.uint8)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_codes_of_gguf_files_stand_for_what_the_package_reads(kind):
+    raw = any_bytes(kind)
+    packed = pack_weight(gguf_codes(kind, raw))
+    assert packed.kind == ("int4" if kind in ("Q4_0", "Q4_1", "Q2_K", "Q3_K", "Q4_K") else "int8")
+    assert packed.has_minima == (kind in ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K"))
+    expected = dequantize(raw, GGMLQuantizationType[kind])
+    assert np.isfinite(expected).mean() > 0.5
+    np.testing.assert_array_equal(packed.dequantize().numpy(), expected)
 
 
 def test_gguf_types_without_a_kernel():
-    assert gguf_codes("Q6_K", np.zeros((1, 210), np.uint8)) is None
+    assert gguf_codes("IQ2_XXS", np.zeros((1, 66), np.uint8)) is None

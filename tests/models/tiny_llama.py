@@ -13,6 +13,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from frugallm.formats.gguf_types import encode
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["t h", "th e", "Ġ the", "1 2"]
 TOKENS = SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["th", "the", "Ġthe", "12", "<extra>"]
@@ -68,7 +70,9 @@ class GGUFWriter:
         kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
         edit: Callable[[dict[str, np.ndarray]], None] | None = None,
         values: dict[str, Any] | None = None,
+        kinds: dict[str, str] | None = None,
     ) -> Path:
+        """Write a file; ``kinds`` says by the ends of names which tensors have another type than ``kind``."""
         model = model or tiny_model()
         config, path = model.config, self.folder / name
         writer = gguf.GGUFWriter(path, "llama")
@@ -77,7 +81,11 @@ class GGUFWriter:
         if edit is not None:
             edit(tensors)
         for stored, array in tensors.items():
-            if array.ndim == 2 and kind is not gguf.GGMLQuantizationType.F32:
+            own = next((k for end, k in (kinds or {}).items() if stored.endswith(end)), None)
+            if own is not None:
+                blocks = encode(torch.from_numpy(np.ascontiguousarray(array)), own)
+                writer.add_tensor(stored, blocks, raw_dtype=gguf.GGMLQuantizationType[own])
+            elif array.ndim == 2 and kind is not gguf.GGMLQuantizationType.F32:
                 writer.add_tensor(stored, gguf.quants.quantize(array, kind), raw_dtype=kind)
             else:
                 writer.add_tensor(stored, array)

@@ -14,7 +14,7 @@ from pathlib import Path
 from frugallm.errors import ParameterError
 
 #: Of the interface between this file and ``native/api.cpp``.
-VERSION = 1
+VERSION = 2
 #: Native paths, the best last.
 PATHS = ("generic", "avx2", "avx512", "avx512bf16")
 CHOICES = ("native", "reference", "generic", "avx2", "avx512")
@@ -50,7 +50,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
-        *((name, c_void_p) for name in ("norm", "second_norm", "query_norm", "key_norm")),
+        *((name, c_void_p) for name in ("norm", "second_norm", "output_norm", "down_norm")),
+        *((name, c_void_p) for name in ("query_norm", "key_norm", "cos", "sin")),
         ("window", c_int32),
     ]
 
@@ -62,11 +63,10 @@ class Model(ctypes.Structure):
         ("layers", POINTER(Layer)),
         ("embedding", Linear),
         ("head", Linear),
-        *((name, c_void_p) for name in ("last_norm", "cos", "sin", "keys", "values")),
+        *((name, c_void_p) for name in ("last_norm", "keys", "values")),
         *((name, c_int32) for name in ("count", "hidden", "heads", "key_heads", "head_dim", "inner")),
-        *((name, c_int32) for name in ("vocabulary", "positions", "blocks")),
-        ("eps", c_float),
-        ("scale", c_float),
+        *((name, c_int32) for name in ("vocabulary", "positions", "blocks", "activation")),
+        *((name, c_float) for name in ("eps", "scale", "embed_scale")),
     ]
 
 
@@ -94,7 +94,7 @@ FUNCTIONS = {
     "frugal_embed": (None, [c_void_p, POINTER(Linear), c_void_p, c_int64, c_void_p, c_int64]),
     "frugal_rms_norm": (None, [c_void_p, c_void_p, c_void_p, c_float, c_int64, c_int, c_void_p]),
     "frugal_rotate": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int]),
-    "frugal_silu_mul": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),
+    "frugal_gated_mul": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int, c_void_p]),
     "frugal_to_bf16": (None, [c_void_p, c_void_p, c_int64, c_int, c_int, c_void_p]),
     "frugal_write_cache": (None, [c_void_p, POINTER(Cache), c_void_p, c_int, c_int64, c_void_p, c_void_p]),
     "frugal_attend": (None, [c_void_p, POINTER(Cache), c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),

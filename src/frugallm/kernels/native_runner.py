@@ -11,9 +11,11 @@ from torch import Tensor
 from frugallm.errors import JobError, ParameterError
 from frugallm.kernels import library
 from frugallm.kernels.decoder import Decoder, DecoderLayer
+from frugallm.kernels.operations import EPILOGUES
 from frugallm.kernels.packing import TILE
 
 BLOCK = 16
+NORMS = ("norm", "second_norm", "output_norm", "down_norm", "query_norm", "key_norm")
 #: What a step can find wrong with what it is given, by what the native code returns.
 FAULTS = {
     2: "starts do not divide the tokens",
@@ -63,8 +65,9 @@ class NativeRunner:
         padded = -(-heads.width // 16) * 16
         shape = (len(decoder.layers), blocks, heads.values * padded * BLOCK)
         self._keys, self._values = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
+        self._floats = [x.float().contiguous() for x in (decoder.last_norm, decoder.cos, decoder.sin)]
         self._layers = (library.Layer * len(decoder.layers))(
-            *(_layer_struct(layer) for layer in decoder.layers)
+            *(_layer_struct(layer, *self._floats[1:]) for layer in decoder.layers)
         )
         self._model = self._model_struct()
         self._pool = library.pool(threads or _threads())
@@ -122,15 +125,11 @@ class NativeRunner:
 
     def _model_struct(self) -> library.Model:
         decoder, heads = self.decoder, self.decoder.heads
-        self._floats = [x.float().contiguous() for x in (decoder.last_norm, decoder.cos, decoder.sin)]
-        last_norm, cos, sin = (x.data_ptr() for x in self._floats)
         return library.Model(
             layers=self._layers,
             embedding=decoder.embedding.struct,
             head=decoder.head.struct,
-            last_norm=last_norm,
-            cos=cos,
-            sin=sin,
+            last_norm=self._floats[0].data_ptr(),
             keys=self._keys.data_ptr(),
             values=self._values.data_ptr(),
             count=len(decoder.layers),
@@ -140,18 +139,24 @@ class NativeRunner:
             head_dim=heads.width,
             inner=decoder.inner,
             vocabulary=decoder.head.rows,
-            positions=len(decoder.cos),
+            positions=decoder.cos.shape[-2],
             blocks=self.blocks,
+            activation=EPILOGUES.index(decoder.activation),
             eps=decoder.eps,
-            scale=heads.width**-0.5,
+            scale=heads.width**-0.5 if decoder.scale is None else decoder.scale,
+            embed_scale=decoder.embed_scale,
         )
 
 
-def _layer_struct(layer: DecoderLayer) -> library.Layer:
-    norms = (layer.norm, layer.second_norm, layer.query_norm, layer.key_norm)
-    pointers = [None if norm is None else norm.data_ptr() for norm in norms]
-    linears = (w.struct for w in (layer.qkv, layer.output, layer.gate_up, layer.down))
-    return library.Layer(*linears, *pointers, layer.window)
+def _layer_struct(layer: DecoderLayer, cos: Tensor, sin: Tensor) -> library.Layer:
+    norms = {name: getattr(layer, name) for name in NORMS}
+    return library.Layer(
+        **{name: getattr(layer, name).struct for name in ("qkv", "output", "gate_up", "down")},
+        **{name: None if norm is None else norm.data_ptr() for name, norm in norms.items()},
+        cos=cos[layer.rotation].data_ptr(),
+        sin=sin[layer.rotation].data_ptr(),
+        window=layer.window,
+    )
 
 
 def _threads() -> int:

@@ -11,7 +11,8 @@ from torch import Tensor
 from frugallm.kernels import library, reference
 from frugallm.kernels.packing import TILE, PackedLinear
 
-EPILOGUES = ("store", "add", "silu_mul")
+EPILOGUES = ("store", "add", "silu_mul", "gelu_mul")
+Gated = Literal["silu_mul", "gelu_mul"]
 
 
 def linear(
@@ -19,7 +20,7 @@ def linear(
     w: PackedLinear,
     path: str | None = None,
     threads: int = 1,
-    epilogue: Literal["store", "silu_mul"] = "store",
+    epilogue: Literal["store", "silu_mul", "gelu_mul"] = "store",
 ) -> Tensor:
     """Return ``x`` times a packed weight.
 
@@ -28,13 +29,13 @@ def linear(
     x
         float32 ``(rows, width)``.
     w
-        The weight ``(out, width)``; for ``silu_mul`` gate and up in turns of 16 rows.
+        The weight ``(out, width)``; gate and up, for what multiplies them, in turns of 16 rows.
     path
         A native path or ``reference``; ``None``: the one in use.
     threads
         Threads of native code; the result does not depend on them.
     epilogue
-        What becomes of the product: nothing more, or ``silu(gate) * up`` ``(rows, out / 2)``.
+        What becomes of the product: nothing more, or ``silu(gate) * up`` or ``gelu(gate) * up`` ``(rows, out / 2)``.
     """
     path = path or library.path_name()
     if path == "reference":
@@ -42,12 +43,12 @@ def linear(
         if epilogue == "store":
             return out
         gate, up = out.view(len(x), -1, 2, TILE).unbind(2)
-        return reference.silu_mul(gate, up).reshape(len(x), -1)
+        return reference.GATED[epilogue](gate, up).reshape(len(x), -1)
     rows, padded = len(x), w.groups * w.group
     filled = torch.nn.functional.pad(x.float(), (0, padded - x.shape[1])).contiguous()
     words = torch.empty(rows, padded, dtype=torch.int32)
     scales, sums = torch.empty(rows, w.groups), torch.empty(rows, w.groups, dtype=torch.int32)
-    columns = w.tiles * TILE // (2 if epilogue == "silu_mul" else 1)
+    columns = w.tiles * TILE // (1 if epilogue == "store" else 2)
     out = torch.empty(rows, columns)
     _native().frugal_linear(
         library.operations(path),
@@ -56,7 +57,7 @@ def linear(
         *(filled.data_ptr(), padded, rows, words.data_ptr(), scales.data_ptr(), sums.data_ptr()),
         *(out.data_ptr(), columns, EPILOGUES.index(epilogue)),
     )
-    return out if epilogue == "silu_mul" else out[:, : w.rows]
+    return out[:, : w.rows] if epilogue == "store" else out
 
 
 def embed(rows: Tensor, w: PackedLinear, path: str | None = None) -> Tensor:
@@ -92,14 +93,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, path: str | None = None) -> Tens
     return out
 
 
-def silu_mul(gate: Tensor, up: Tensor, path: str | None = None) -> Tensor:
-    """Return ``silu(gate) * up``."""
+def gated_mul(gate: Tensor, up: Tensor, how: Gated = "silu_mul", path: str | None = None) -> Tensor:
+    """Return ``silu(gate) * up`` or ``gelu(gate) * up``, of GELU the form with a hyperbolic tangent."""
     path = path or library.path_name()
     if path == "reference":
-        return reference.silu_mul(gate, up)
+        return reference.GATED[how](gate, up)
     gate, up, out = gate.contiguous(), up.contiguous(), torch.empty(gate.shape)
-    pointers = gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr()
-    _native().frugal_silu_mul(library.operations(path), *pointers)
+    pointers = gate.data_ptr(), up.data_ptr(), gate.numel(), EPILOGUES.index(how), out.data_ptr()
+    _native().frugal_gated_mul(library.operations(path), *pointers)
     return out
 
 

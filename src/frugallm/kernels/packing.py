@@ -13,14 +13,16 @@ Rows are filled up to whole tiles and inputs to whole groups, with zeros; nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from frugallm.formats import levels
 from frugallm.formats.quantized_tensor import QuantizedTensor
 from frugallm.kernels import library
 
@@ -227,9 +229,46 @@ class Codes:
     bits: int
     group: int
 
+    @property
+    def has_minima(self) -> bool:
+        """Whether codes count from 0 and every group has a least value."""
+        return self.zeros is not None and self.zeros.is_floating_point()
+
     def pack(self, bias: Tensor | None = None) -> PackedLinear:
-        """Return them packed, scales in the smallest type that holds them."""
-        return pack(self.codes, smallest(self.scales), self.zeros, self.bits, self.group, bias)
+        """Return them packed, scales and least values in the smallest type that holds them."""
+        zeros = smallest(self.zeros) if self.zeros is not None and self.has_minima else self.zeros
+        return pack(self.codes, smallest(self.scales), zeros, self.bits, self.group, bias)
+
+    def in_groups(self, group: int) -> Codes:
+        """Return the same in smaller groups, whose size divides that of these."""
+        groups = -(-self.codes.shape[1] // group)  # a row may end within a group
+        scales, zeros = (
+            None if x is None else x.repeat_interleave(self.group // group, 1)[:, :groups]
+            for x in (self.scales, self.zeros)
+        )
+        assert scales is not None
+        return replace(self, scales=scales, zeros=zeros, group=group)
+
+    def with_points(self) -> Codes:
+        """Return the same with zero points where there are none."""
+        zeros = torch.zeros(self.scales.shape, dtype=torch.int8) if self.zeros is None else self.zeros
+        return replace(self, zeros=zeros)
+
+    def with_minima(self) -> Codes | None:
+        """Return the same with least values; ``None`` where float32 does not hold them, and what they are added to.
+
+        It does if it holds the product of each scale and the largest code, which is odd: that of a smaller code has no
+        more digits.
+        """
+        if self.has_minima:
+            return self
+        scales, last = self.scales.float(), 2**self.bits - 1
+        if not torch.equal((scales * last).double(), scales.double() * last):
+            return None
+        middle = 2 ** (self.bits - 1)
+        zero = torch.zeros(()) if self.zeros is None else self.zeros.float()
+        codes = (self.codes.short() + middle).to(torch.uint8)
+        return replace(self, codes=codes, scales=scales, zeros=-(zero + middle) * scales)
 
 
 def codes_of(weight: QuantizedTensor) -> Codes | None:
@@ -237,14 +276,17 @@ def codes_of(weight: QuantizedTensor) -> Codes | None:
     group = _group_for(weight)
     if group is None:
         return None
-    scale, zero, codes = weight.step, weight.zero, weight.codes
+    scale, zero, codes, bits = weight.step, weight.zero, weight.codes, weight.scheme.bits
+    if weight.scheme.grid == "e2m1":  # twice its values are whole numbers up to 12
+        scale, bits = scale / 2, 5
+        codes = (2 * levels.levels("e2m1")).to(torch.int8)[codes.int() + levels.last_code("e2m1")]
     if zero is not None and zero.is_floating_point():  # a float zero point is a least value
-        middle = 2 ** (weight.scheme.bits - 1)
+        middle = 2 ** (bits - 1)
         zero = -(zero.float() + middle) * scale
         codes = (codes.short() + middle).to(torch.uint8)
     repeats = -(-codes.shape[1] // group) // scale.shape[1]  # rows of one scale, and wide groups, are cut up
     zero = None if zero is None else zero.repeat_interleave(repeats, 1)
-    return Codes(codes, scale.repeat_interleave(repeats, 1), zero, weight.scheme.bits, group)
+    return Codes(codes, scale.repeat_interleave(repeats, 1), zero, bits, group)
 
 
 def packable(weight: QuantizedTensor) -> Codes | Tensor:
@@ -261,22 +303,34 @@ def pack_weight(weight: Codes | Tensor, bias: Tensor | None = None) -> PackedLin
 def joined(weights: Sequence[Codes | Tensor]) -> Codes | Tensor:
     """Return the rows of several weights that read the same input as one weight, its values unchanged.
 
-    Where they are stored in different forms, that is their values in float32.
+    Where no grid holds all of them, that is their values in float32.
     """
     codes = [w for w in weights if isinstance(w, Codes)]
-    forms = {(c.bits <= 4, c.group, None if c.zeros is None else c.zeros.dtype) for c in codes}
-    if len(codes) == len(weights) and len(forms) == 1:
-        zeros = [c.zeros for c in codes if c.zeros is not None]
+    alike = _alike(codes) if len(codes) == len(weights) else None
+    if alike is not None:
+        zeros = [c.zeros for c in alike if c.zeros is not None]
         return Codes(
-            torch.cat([c.codes for c in codes]),
-            torch.cat([c.scales.float() for c in codes]),
+            torch.cat([c.codes for c in alike]),
+            torch.cat([c.scales.float() for c in alike]),
             torch.cat(zeros) if zeros else None,
-            max(c.bits for c in codes),
-            codes[0].group,
+            max(c.bits for c in alike),
+            alike[0].group,
         )
     values = [pack_weight(w).dequantize() if isinstance(w, Codes) else w for w in weights]
     same = len({v.dtype for v in values}) == 1
     return torch.cat(values if same else [v.float() for v in values])
+
+
+def _alike(weights: Sequence[Codes]) -> list[Codes] | None:
+    """Return weights in groups of one size, all with zero points, all with least values, or none with either."""
+    group = math.gcd(*(w.group for w in weights))
+    if group % 8:
+        return None
+    found = [w.in_groups(group) for w in weights]
+    if any(w.has_minima for w in found):
+        ranged = [with_minima for w in found if (with_minima := w.with_minima()) is not None]
+        return ranged if len(ranged) == len(found) else None
+    return [w.with_points() for w in found] if any(w.zeros is not None for w in found) else found
 
 
 def in_turns(weights: Codes | Tensor) -> Codes | Tensor:
@@ -290,7 +344,7 @@ def in_turns(weights: Codes | Tensor) -> Codes | Tensor:
 
 def _group_for(weight: QuantizedTensor) -> int | None:
     """Return the kernels' group for a weight: its own, or a part of it; ``None``: there is none."""
-    if weight.scheme.grid != "int" or weight.extras or not weight.codes.numel():
+    if weight.scheme.grid not in ("int", "e2m1") or weight.extras or not weight.codes.numel():
         return None
     width, own = weight.codes.shape[1], weight.codes.shape[1] // weight.scale.shape[1]
     if weight.scale.shape[1] == 1:  # rows of one scale may end within a group

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, silu
+from torch.nn.functional import gelu, pad, silu
 
 from frugallm.kernels.packing import TILE, PackedLinear
 
@@ -106,6 +106,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Return ``silu(gate) * up``."""
     return silu(gate) * up
+
+
+def gelu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Return ``gelu(gate) * up``, of GELU the form with a hyperbolic tangent."""
+    return gelu(gate, approximate="tanh") * up
+
+
+#: What becomes of gate and up.
+GATED = {"silu_mul": silu_mul, "gelu_mul": gelu_mul}
 
 
 def attend(

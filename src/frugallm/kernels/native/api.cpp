@@ -49,14 +49,14 @@ void multiply(void* context, Pool& pool, int thread) {
     Range rows = share(p.in.rows, thread, pool.size());
     p.ops->prepare(*p.w, p.x, p.x_stride, rows.first, rows.last, p.in);
     pool.barrier();
-    Range tiles = share(p.w->tiles, thread, pool.size(), p.epilogue == SILU_MUL ? 2 : 1);
+    Range tiles = share(p.w->tiles, thread, pool.size(), is_gated(p.epilogue) ? 2 : 1);
     if (tiles.first < tiles.last)
         p.ops->linear(*p.w, p.in, 0, p.in.rows, int(tiles.first), int(tiles.last), p.out, p.out_stride, p.epilogue);
 }
 
 }  // namespace
 
-API int frugal_version() { return 1; }
+API int frugal_version() { return 2; }
 
 // The table of a path by its name; null where it is not built or this processor lacks it.
 API const Ops* frugal_path(const char* name) {
@@ -95,8 +95,8 @@ API void frugal_rotate(const Ops* ops, float* x, const float* cos, const float* 
     for (int64_t i = 0; i < rows; i++) ops->rotate(x + i * 2 * half, cos + i * half, sin + i * half, half);
 }
 
-API void frugal_silu_mul(const Ops* ops, const float* gate, const float* up, int64_t count, float* out) {
-    ops->silu_mul(gate, up, int(count), out);
+API void frugal_gated_mul(const Ops* ops, const float* gate, const float* up, int64_t count, int epilogue, float* out) {
+    ops->gated_mul(gate, up, int(count), epilogue, out);
 }
 
 API void frugal_to_bf16(const Ops* ops, const float* x, int64_t rows, int width, int padded, uint16_t* out) {

@@ -13,7 +13,9 @@ constexpr int WIDEST_HEAD = 256;
 
 enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2, F32 = 3 };
 enum Number : int32_t { NONE = 0, NUM_F16 = 1, NUM_BF16 = 2, NUM_F32 = 3, NUM_INT8 = 4 };
-enum Epilogue : int32_t { STORE = 0, ADD = 1, SILU_MUL = 2 };
+enum Epilogue : int32_t { STORE = 0, ADD = 1, SILU_MUL = 2, GELU_MUL = 3 };
+
+inline bool is_gated(int epilogue) { return epilogue >= SILU_MUL; }  // tiles of gate and up in turns give half as many
 
 // One packed weight (rows, width). Mirrored by ctypes in library.py.
 struct Linear {
@@ -63,7 +65,7 @@ struct Ops {
     void (*embed)(const Linear&, int row, float* out);
     void (*rms_norm)(const float* x, const float* weight, float eps, int width, float* out);
     void (*rotate)(float* head, const float* cos, const float* sin, int half);
-    void (*silu_mul)(const float* gate, const float* up, int count, float* out);
+    void (*gated_mul)(const float* gate, const float* up, int count, int epilogue, float* out);
     void (*to_bf16)(const float* x, int count, int padded, uint16_t* out);
     void (*write_cache)(const Cache&, int block, int slot, const float* key, const float* value);
     // Queries of one head group of one sequence, positions ascending, at most QUERIES: all at once; or a chunk that begins at

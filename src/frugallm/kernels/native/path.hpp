@@ -35,12 +35,12 @@ void rotate(float* head, const float* cos, const float* sin, int half) {
     }
 }
 
-void silu_mul(const float* gate, const float* up, int count, float* out) {
+void gated_mul(const float* gate, const float* up, int count, int epilogue, float* out) {
     for (int i = 0; i < count; i += 16) {
         int n = count - i < 16 ? count - i : 16;
         v16 g{}, u{};
         std::memcpy(&g, gate + i, 4 * n), std::memcpy(&u, up + i, 4 * n);
-        v16 product = silu_of(g) * u;
+        v16 product = (epilogue == SILU_MUL ? silu_of(g) : gelu_of(g)) * u;
         std::memcpy(out + i, &product, 4 * n);
     }
 }
@@ -51,7 +51,7 @@ void to_bf16(const float* x, int count, int padded, uint16_t* out) {
 
 }  // namespace
 
-const Ops PATH = {prepare,  linear,      embed,  rms_norm,     rotate, silu_mul,
+const Ops PATH = {prepare,  linear,      embed,  rms_norm,     rotate, gated_mul,
                   to_bf16, write_cache, attend, attend_chunk, join};
 
 }  // namespace frugal

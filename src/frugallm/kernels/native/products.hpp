@@ -211,12 +211,11 @@ inline void products(const Linear& w, const Inputs& in, int64_t row, int tile, v
 }
 
 template <int M, int KIND>
-void row_block(const Linear& w, const Inputs& in, int64_t row, int first, int last, float* out, int64_t stride, int epilogue) {
+void row_block(const Linear& w, const Inputs& in, int64_t row, int first, int last, float* to, int64_t stride, int epilogue) {
     v16 acc[M], up[M];
-    float* to = out + row * stride;
     for (int tile = first; tile < last; tile += epilogue == SILU_MUL ? 2 : 1) {
         products<M, KIND>(w, in, row, tile, acc);
-        int64_t column = int64_t(tile) * TILE;
+        int64_t column = int64_t(tile - first) * TILE;
         if (epilogue == SILU_MUL) {  // even tiles hold the gate, odd ones what it multiplies
             products<M, KIND>(w, in, row, tile + 1, up);
             for (int m = 0; m < M; m++) acc[m] = silu_of(acc[m]) * up[m];
@@ -225,6 +224,32 @@ void row_block(const Linear& w, const Inputs& in, int64_t row, int first, int la
         for (int m = 0; m < M; m++) {
             float* place = to + m * stride + column;
             store(place, epilogue == ADD ? load<v16>(place) + acc[m] : acc[m]);
+        }
+    }
+}
+
+template <int KIND>
+inline void block_of_any_size(const Linear& w, const Inputs& in, RowBlock block, int first, int last, float* to, int64_t stride,
+                              int epilogue) {
+    switch (block.size) {
+#define CASE(n)                                                                  \
+    case n:                                                                      \
+        row_block<n, KIND>(w, in, block.first, first, last, to, stride, epilogue); \
+        break;
+        FRUGAL_BLOCKS(CASE)
+#undef CASE
+    }
+}
+
+// GELU of a block's gates times up, which are stored first: within row_block it would take registers from all other models.
+template <int KIND>
+void gelu_block(const Linear& w, const Inputs& in, RowBlock block, int first, int last, float* to, int64_t stride) {
+    alignas(64) float both[LARGEST * 2 * TILE];
+    for (int tile = first; tile < last; tile += 2, to += TILE) {
+        block_of_any_size<KIND>(w, in, block, tile, tile + 2, both, 2 * TILE, STORE);
+        for (int m = 0; m < block.size; m++) {
+            const float* gate = both + m * 2 * TILE;
+            store(to + m * stride, gelu_of(load<v16>(gate)) * load<v16>(gate + TILE));
         }
     }
 }
@@ -239,14 +264,11 @@ void rows_and_tiles(const Linear& w, const Inputs& in, int64_t first_row, int64_
         int end = tile + step < last ? tile + step : last;
         for (int64_t row = first_row; row < last_row;) {
             RowBlock block = block_of(row, in.rows);
-            switch (block.size) {
-#define CASE(n)                                                             \
-    case n:                                                                 \
-        row_block<n, KIND>(w, in, row, tile, end, out, stride, epilogue);   \
-        break;
-                FRUGAL_BLOCKS(CASE)
-#undef CASE
-            }
+            float* to = out + row * stride + int64_t(tile) * TILE / (is_gated(epilogue) ? 2 : 1);
+            if (epilogue == GELU_MUL)
+                gelu_block<KIND>(w, in, block, tile, end, to, stride);
+            else
+                block_of_any_size<KIND>(w, in, block, tile, end, to, stride, epilogue);
             row += block.size;
         }
     }

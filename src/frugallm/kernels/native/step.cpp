@@ -85,16 +85,19 @@ struct Stepper::Work {
     int64_t hidden, attended, inner, projected;  // strides
     int64_t words, groups;                       // the most of any weight
     int padded;
-    Buffer stream_, normed_, qkv_, attended_, inner_, pairs_, gathered_, partials_;
-    float *stream, *normed, *qkv, *mixed, *gated, *gathered;
+    bool apart;  // whether what a sublayer gives is normed before it is added
+    Buffer stream_, normed_, qkv_, attended_, given_, inner_, pairs_, gathered_, partials_;
+    float *stream, *normed, *qkv, *mixed, *given, *gated, *gathered;
     uint16_t* pairs;
     std::vector<InputBuffers> inputs;  // the first is everybody's, the others one thread's
-    std::vector<Buffer> own;
+    std::vector<Buffer> own, streams;  // one thread's normed rows, and its copy of the stream
     std::vector<Item> items;
     Partial* partials;
     int chunks;  // of the longest text, if threads share them; else 1
 
-    Work(const Ops& o, Pool& p, const Model& model) : ops(o), pool(p), m(model), inputs(p.size() + 1), own(p.size()) {
+    Work(const Ops& o, Pool& p, const Model& model)
+        : ops(o), pool(p), m(model), inputs(p.size() + 1), own(p.size()), streams(p.size()) {
+        apart = m.count > 0 && m.layers[0].output_norm != nullptr;
         hidden = room(m.hidden), attended = room(m.heads * m.head_dim), inner = room(m.inner);
         projected = rounded((m.heads + 2 * m.key_heads) * m.head_dim, 16) + 16;
         padded = int(rounded(m.head_dim, 16));
@@ -110,8 +113,11 @@ struct Stepper::Work {
     void begin(const Batch& b);
     void all(int thread);
     void layer(int index, int thread);
-    void times(const Linear& w, const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride, int epilogue,
-               int thread, const float* norm = nullptr);
+    void times(const Linear& w, float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride, int epilogue,
+               int thread, const float* norm = nullptr, const float* waiting = nullptr);
+    void add(const float* gain, int64_t row, float* x, float* room);
+    bool stream_each() const { return apart && batch.count <= ALONE; }
+    float* stream_of(int thread) { return stream_each() ? streams[thread].get<float>(0) : stream; }
     void place(const Layer& layer, const Cache& cache, int thread);
     int queries_of(const Item& item, int key_head, int first, Query* queries) const;
     const int32_t* table_of(const Item& item) const { return batch.tables + int64_t(item.sequence) * batch.table_width; }
@@ -132,6 +138,10 @@ void Stepper::Work::begin(const Batch& b) {
     normed = normed_.get<float>(std::max(b.count, b.rows) * hidden);
     pairs = pairs_.get<uint16_t>(int64_t(b.count) * m.heads * padded);
     for (auto& buffer : own) buffer.get<float>(ALONE * hidden);
+    if (apart) {
+        given = given_.get<float>(b.count * hidden);
+        for (auto& buffer : streams) buffer.get<float>(ALONE * hidden);
+    }
     gathered = gathered_.get<float>(b.rows * hidden);
     for (auto& buffers : inputs)
         buffers.reserve(std::max(ALONE, &buffers == &inputs[0] ? std::max(b.count, b.rows) : 0), words, groups);
@@ -151,22 +161,31 @@ Cache Stepper::Work::cache_of(int layer) const {
     return {m.keys + before, m.values + before, block, m.head_dim, padded, m.layers[layer].window, m.scale};
 }
 
-// Product of rows, normed first if there is a norm. Ends without a barrier.
-void Stepper::Work::times(const Linear& w, const float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride,
-                          int epilogue, int thread, const float* norm) {
+// Norm a row of what a sublayer gave and add it to the stream. No row of it is whole before a barrier, and the next to need the
+// stream is a norm of the same rows: whoever computes that adds first. Threads that norm every row for themselves have copies.
+void Stepper::Work::add(const float* gain, int64_t row, float* x, float* room) {
+    ops.rms_norm(given + row * hidden, gain, m.eps, m.hidden, room);
+    for (int i = 0; i < m.hidden; i++) x[i] = x[i] + room[i];
+}
+
+// Product of rows, normed first if there is a norm, behind what waits to be added. Ends without a barrier.
+void Stepper::Work::times(const Linear& w, float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride,
+                          int epilogue, int thread, const float* norm, const float* waiting) {
     bool alone = rows <= ALONE;
     Inputs in = inputs[alone ? thread + 1 : 0].get(w, rows);
     Range mine = alone ? Range{0, rows} : share(rows, thread, pool.size());
     const float* from = x;
     if (norm != nullptr) {
         float* to = alone ? own[thread].get<float>(0) : normed;
-        for (int64_t row = mine.first; row < mine.last; row++)
+        for (int64_t row = mine.first; row < mine.last; row++) {
+            if (waiting != nullptr) add(waiting, row, x + row * x_stride, to + row * hidden);
             ops.rms_norm(x + row * x_stride, norm, m.eps, m.hidden, to + row * hidden);
+        }
         from = to, x_stride = hidden;
     }
     ops.prepare(w, from, x_stride, mine.first, mine.last, in);
     if (!alone) pool.barrier();
-    Range tiles = share(w.tiles, thread, pool.size(), epilogue == SILU_MUL ? 2 : 1);
+    Range tiles = share(w.tiles, thread, pool.size(), is_gated(epilogue) ? 2 : 1);
     if (tiles.first < tiles.last)
         ops.linear(w, in, 0, rows, int(tiles.first), int(tiles.last), out, out_stride, epilogue);
 }
@@ -184,7 +203,7 @@ void Stepper::Work::place(const Layer& layer, const Cache& cache, int thread) {
             float* x = qkv + t * projected + int64_t(head) * m.head_dim;
             const float* norm = head < m.heads ? layer.query_norm : layer.key_norm;
             if (norm != nullptr) ops.rms_norm(x, norm, m.eps, m.head_dim, x);
-            ops.rotate(x, m.cos + int64_t(position) * half, m.sin + int64_t(position) * half, half);
+            ops.rotate(x, layer.cos + int64_t(position) * half, layer.sin + int64_t(position) * half, half);
             if (head < m.heads) {
                 ops.to_bf16(x, m.head_dim, padded, pairs + (t * m.heads + head) * padded);
                 continue;
@@ -226,6 +245,10 @@ void Stepper::Work::attend_by_chunks(const Cache& cache, int thread) {
         int64_t unit = i / chunks, begin = i % chunks * CHUNK;
         const Item& item = items[size_t(unit / m.key_heads)];
         int key_head = int(unit % m.key_heads), count = queries_of(item, key_head, 0, queries);
+        if (cache.window > 0 && begin + CHUNK <= queries[0].position + 1 - cache.window) {
+            for (int n = 0; n < count; n++) partials[i * QUERIES + n].largest = -__builtin_inff();  // out of everybody's sight
+            continue;
+        }
         ops.attend_chunk(head_of(cache, key_head), table_of(item), queries, count, int(begin), partials + i * QUERIES);
     }
     pool.barrier();
@@ -238,34 +261,49 @@ void Stepper::Work::attend_by_chunks(const Cache& cache, int thread) {
 void Stepper::Work::layer(int index, int thread) {
     const Layer& l = m.layers[index];
     Cache cache = cache_of(index);
-    times(l.qkv, stream, hidden, batch.count, qkv, projected, STORE, thread, l.norm);
+    float *x = stream_of(thread), *to = apart ? given : stream;
+    const int how = apart ? STORE : ADD;
+    times(l.qkv, x, hidden, batch.count, qkv, projected, STORE, thread, l.norm, index > 0 ? (&l)[-1].down_norm : nullptr);
     pool.barrier();
     place(l, cache, thread);
     pool.barrier();
     attend(cache, thread);
     pool.barrier();
-    times(l.output, mixed, attended, batch.count, stream, hidden, ADD, thread);
+    times(l.output, mixed, attended, batch.count, to, hidden, how, thread);
     pool.barrier();
-    times(l.gate_up, stream, hidden, batch.count, gated, inner, SILU_MUL, thread, l.second_norm);
+    times(l.gate_up, x, hidden, batch.count, gated, inner, m.activation, thread, l.second_norm, l.output_norm);
     pool.barrier();
-    times(l.down, gated, inner, batch.count, stream, hidden, ADD, thread);
+    times(l.down, gated, inner, batch.count, to, hidden, how, thread);
     pool.barrier();
 }
 
 void Stepper::Work::logits(int thread) {
     if (batch.rows == 0) return;
     Range mine = share(batch.rows, thread, pool.size());
+    const float* x = stream_of(thread);
     for (int64_t r = mine.first; r < mine.last; r++)
-        std::memcpy(gathered + r * hidden, stream + int64_t(batch.wanted[r]) * hidden, sizeof(float) * m.hidden);
+        std::memcpy(gathered + r * hidden, x + int64_t(batch.wanted[r]) * hidden, sizeof(float) * m.hidden);
     pool.barrier();
     times(m.head, gathered, hidden, batch.rows, batch.logits, int64_t(m.head.tiles) * TILE, STORE, thread, m.last_norm);
 }
 
 void Stepper::Work::all(int thread) {
-    Range mine = share(batch.count, thread, pool.size());
-    for (int64_t t = mine.first; t < mine.last; t++) ops.embed(m.embedding, batch.tokens[t], stream + t * hidden);
+    Range mine = stream_each() ? Range{0, batch.count} : share(batch.count, thread, pool.size());
+    float* x = stream_of(thread);
+    for (int64_t t = mine.first; t < mine.last; t++) {
+        float* row = x + t * hidden;
+        ops.embed(m.embedding, batch.tokens[t], row);
+        if (m.embed_scale != 1.0f)
+            for (int i = 0; i < m.hidden; i++) row[i] = row[i] * m.embed_scale;
+    }
     pool.barrier();
     for (int index = 0; index < m.count; index++) layer(index, thread);
+    if (apart) {
+        const float* gain = m.layers[m.count - 1].down_norm;
+        float* room = stream_each() ? own[thread].get<float>(0) : normed;
+        for (int64_t t = mine.first; t < mine.last; t++) add(gain, t, x + t * hidden, room + t * hidden);
+        if (!stream_each()) pool.barrier();
+    }
     logits(thread);
 }
 

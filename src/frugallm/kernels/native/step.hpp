@@ -8,19 +8,21 @@ namespace frugal {
 
 struct Layer {
     Linear qkv, output, gate_up, down;
-    const float *norm, *second_norm;  // (hidden)
-    const float *query_norm, *key_norm;  // (head) or null
-    int32_t window;                      // 0: none
+    const float *norm, *second_norm;       // (hidden)
+    const float *output_norm, *down_norm;  // of what output and down give, before it is added; null, in all layers: none
+    const float *query_norm, *key_norm;    // (head) or null
+    const float *cos, *sin;                // (positions, head / 2)
+    int32_t window;                        // 0: none
 };
 
 struct Model {
     const Layer* layers;
     Linear embedding, head;
     const float* last_norm;
-    const float *cos, *sin;  // (positions, head / 2)
     uint16_t *keys, *values;  // (layers, blocks, heads of keys, ...): see Cache
     int32_t count, hidden, heads, key_heads, head_dim, inner, vocabulary, positions, blocks;
-    float eps, scale;
+    int32_t activation;             // SILU_MUL or GELU_MUL
+    float eps, scale, embed_scale;  // what norms add, what scores and rows of the table are multiplied by
 };
 
 struct Batch {

@@ -120,6 +120,14 @@ inline v16 silu_of(v16 x) {
     return x / (exp_of(-clipped) + 1.0f);
 }
 
+// x / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (x + 0.044715 x^3), which is x / (1 + exp(-2 u)).
+inline v16 gelu_of(v16 x) {
+    v16 twice = (x + (x * x) * x * 0.044715f) * 1.59576912160573f;
+    v16 clipped = twice > 60.0f ? all_lanes(60.0f) : twice;
+    clipped = clipped < -60.0f ? all_lanes(-60.0f) : clipped;
+    return x / (exp_of(-clipped) + 1.0f);
+}
+
 // ------------------------------------------------------------------------------------------------ products of codes
 
 #if defined(__AVX512VNNI__)
