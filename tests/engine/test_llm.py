@@ -3,6 +3,7 @@
 import asyncio
 import threading
 
+import numpy as np
 import pytest
 import torch
 from tiny_llama import GGUFWriter
@@ -63,6 +64,66 @@ def test_one_bad_prompt_and_nothing_is_computed(llm):
     assert not llm.engine.requests
 
 
+def test_prompts_from_an_iterator_and_ids_of_numpy(llm, letters):
+    ids = letters("abc")["input_ids"]
+    expected = llm.generate(["abc", "abc"], GREEDY)
+    assert llm.generate(iter(["abc", ids]), GREEDY) == expected
+    assert llm.generate([np.array(ids), list(np.array(ids))], GREEDY) == expected
+
+
+SAID = {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "a prompt must be a text, token ids or messages; got None"),
+        (5, "got 5"),
+        (b"abc", "got b'abc'"),
+        (SAID, "got {'content': 'Hi', 'role': 'user'}"),
+        ([5.0], "got 5.0"),
+        (["abc", 5], "got 5"),
+        (
+            [["abc"]],
+            "a prompt cannot hold 'abc'. Give a text, token ids, or messages with a role and a content",
+        ),
+        ([SAID, 5], "a prompt cannot hold 5"),
+        ([SAID, "abc"], "got {'content'"),
+        ([{"role": "user"}], "a prompt cannot hold {'role': 'user'}"),
+        ([{"role": "user", "content": None}], "a prompt cannot hold {"),
+        ([[]], "the prompt is empty"),
+        ("ab\udcff", "character 3 of the prompt is no Unicode character"),
+        ([{"role": "user", "content": "\udcff"}], "is no Unicode character"),
+    ],
+)
+def test_what_is_no_prompt_ends_in_one_line(llm, prompt, message):
+    with pytest.raises(DataError) as caught:
+        llm.generate(prompt, GREEDY)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not llm.engine.requests
+
+
+def test_several_prompts_are_no_stream(llm):
+    with pytest.raises(DataError, match="a prompt cannot hold 'abc'"):
+        next(llm.stream(["abc", "def"], GREEDY))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, "greedy", [None, {}]])
+def test_what_are_no_parameters_ends_in_one_line(llm, wrong):
+    with pytest.raises(ParameterError, match="parameters must be SamplingParams; got"):
+        llm.generate(["abc", "abc"], wrong)
+    assert not llm.engine.requests
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in %}", "{{ messages + 3 }}", "{{ raise_exception('no') }}", "{{ a.b }}"]
+)
+def test_a_template_that_fails_is_one_line(llm, monkeypatch, template):
+    monkeypatch.setattr(llm.tokenizer, "chat_template", template)
+    with pytest.raises(DataError, match="the model's chat template refuses these messages"):
+        llm.generate([SAID], GREEDY)
+
+
 def test_a_stream_is_the_answer_and_closing_it_cancels(llm):
     whole = llm.generate("abc", GREEDY)[0].text
     assert "".join(event.text for event in llm.stream("abc", GREEDY)) == whole
@@ -100,6 +161,21 @@ def test_a_cancelled_task_leaves_nothing(llm):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        await asyncio.get_running_loop().run_in_executor(llm._worker, lambda: None)
+
+    asyncio.run(leave())
+    assert not llm.engine.requests and not llm._abandoned
+
+
+def test_a_task_cancelled_while_its_request_is_taken_leaves_nothing(llm):
+    async def leave():
+        with llm._lock:  # the worker has begun, and waits
+            task = asyncio.create_task(anext(llm.astream("abc", GREEDY)))
+            while not llm._worker._work_queue.empty() or not llm._worker._threads:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
         await asyncio.get_running_loop().run_in_executor(llm._worker, lambda: None)
 
     asyncio.run(leave())
