@@ -57,6 +57,14 @@ def test_bench_prints_a_table_and_writes_json(folder, tmp_path, capsys):
     assert json.loads(file.read_text())["peak_bytes"] > 0
 
 
+def test_what_transformers_computes_is_measured_as_well(tmp_path):
+    tiny("gpt2", num_key_value_heads=None, n_positions=64).save_pretrained(tmp_path)
+    letters_tokenizer().save_pretrained(tmp_path)
+    found = measure(str(tmp_path), repeats=1)
+    assert found.path == "transformers" and "through transformers" in table(found)
+    assert found.weights_bytes is None and found.cache_bytes is None and found.batch.rate.value > 0
+
+
 def test_a_short_context_is_one_line(folder, monkeypatch, capsys):
     monkeypatch.setattr(speed, "Sizes", lambda: Sizes(prefill=256))
     assert main(["bench", str(folder)]) == 2

@@ -1,6 +1,7 @@
 """``frugallm.LLM``: prompts in, answers out, from threads and tasks; and which models run how."""
 
 import asyncio
+import json
 import threading
 
 import numpy as np
@@ -216,10 +217,15 @@ def test_a_gguf_file(tmp_path):
     assert answer.tokens == plain_greedy(model, tokenizer("the 12")["input_ids"], 12)
 
 
+def unknown(kind):
+    """A model that the engine does not know."""
+    changes = {"n_positions": 256} if kind == "gpt2" else {"ffn_dim": 36, "word_embed_proj_dim": 24}
+    return tiny(kind, num_key_value_heads=None, **changes)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_what_the_engine_does_not_know_runs_through_transformers(letters, kind):
-    changes = {"n_positions": 256} if kind == "gpt2" else {"ffn_dim": 36, "word_embed_proj_dim": 24}
-    model = tiny(kind, num_key_value_heads=None, **changes)
+    model = unknown(kind)
     llm = LLM(model, letters)
     assert llm.note.startswith(f"the engine does not know the architecture '{kind}'")
     first, second = llm.generate(["abcdef", "xyz"], [GREEDY, DRAWN])
@@ -229,10 +235,54 @@ def test_what_the_engine_does_not_know_runs_through_transformers(letters, kind):
     assert not llm.engine.requests and llm.engine.blocks.free == llm.engine.blocks.count
 
 
+@pytest.mark.parametrize("stage", range(0, 30, 3))
+def test_one_after_another_and_cancelled_at_any_stage(letters, stage):
+    llm = LLM(unknown("gpt2"), letters)
+    engine = llm.engine
+    expected = llm.generate("xyz", DRAWN)[0]
+    first, second = (engine.add(letters(text)["input_ids"], DRAWN) for text in ("abc", "xyz"))
+    for _ in range(stage):
+        engine.step()
+    engine.cancel(first)
+    assert first.finished
+    while not second.finished:
+        engine.step()
+    assert [tuple(s.output) for s in second.sequences] == [a.tokens for a in expected.answers]
+    assert not engine.requests and not engine.scheduler.waiting and not engine.scheduler.running
+
+
 def test_what_cannot_be_opened(small_llama, letters, tmp_path):
     with pytest.raises(ModelError, match="without its tokenizer"):
         LLM(small_llama)
-    with pytest.raises(ParameterError, match="cache_tokens must be at least 16; got 3"):
-        LLM(small_llama, letters, cache_tokens=3)
     with pytest.raises(ModelError):
+        LLM(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("size", "value", "message"),
+    [
+        ("cache_tokens", 3, "cache_tokens must be a whole number of at least 16; got 3"),
+        ("cache_tokens", "all", "cache_tokens must be a whole number of at least 16; got 'all'"),
+        ("cache_tokens", 10**12, r"which takes 192000.0 GB of memory; .* are free. Take at most"),
+        ("step_tokens", 0, "step_tokens must be a whole number of at least 1; got 0"),
+        ("step_tokens", None, "step_tokens must be a whole number of at least 1; got None"),
+        ("sequences", 1.5, "sequences must be a whole number of at least 1; got 1.5"),
+    ],
+)
+def test_sizes_that_make_no_sense(small_llama, letters, size, value, message):
+    with pytest.raises(ParameterError, match=message):
+        LLM(small_llama, letters, **{size: value})
+
+
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+@pytest.mark.parametrize("context", [0, -1])
+def test_a_folder_without_a_context(small_llama, letters, tmp_path, monkeypatch, kernels, context):
+    monkeypatch.setenv("FRUGAL_KERNELS", "" if kernels == "native" else kernels)
+    small_llama.save_pretrained(tmp_path)
+    letters.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": context}))
+    with pytest.raises(
+        ModelError, match=rf"config.json is no valid 'llama' .*context of {context} positions"
+    ):
         LLM(tmp_path)

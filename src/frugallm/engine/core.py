@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Any
@@ -40,28 +41,29 @@ class Limits:
     sequences: int = 64
 
 
-class Engine:
-    """Batches requests over one runner.
+class Answering(ABC):
+    """Takes requests and hands out what their steps bring; a subclass says how a step is computed.
 
     Parameters
     ----------
-    runner
-        Computes steps; its cache has ``blocks`` blocks.
+    blocks
+        Blocks of the cache.
     tokenizer
         Turns tokens into text.
     ends
         Tokens with which the model ends a text.
     """
 
-    def __init__(
-        self, runner: Runner, blocks: int, tokenizer: Any, limits: Limits, ends: frozenset[int] = frozenset()
-    ) -> None:
-        self.runner, self.tokenizer, self.limits, self.ends = runner, tokenizer, limits, ends
-        self.blocks = Blocks(blocks, runner.block_size)
+    def __init__(self, blocks: Blocks, tokenizer: Any, limits: Limits, ends: frozenset[int]) -> None:
+        self.blocks, self.tokenizer, self.limits, self.ends = blocks, tokenizer, limits, ends
         self.scheduler = Scheduler(self.blocks, limits.step, limits.sequences)
         self.requests: set[Request] = set()
         self._constraints = Constraints(tokenizer, limits.vocabulary, ends)
-        self.longest = min(limits.context, blocks * runner.block_size)
+        self.longest = min(limits.context, blocks.count * blocks.size)
+
+    @abstractmethod
+    def _work(self) -> None:
+        """Compute one step of what is scheduled, and choose a token where one is due."""
 
     def add(self, prompt: Tokens[int], params: SamplingParams) -> Request:
         """Take a request.
@@ -108,12 +110,6 @@ class Engine:
         """Check that no block is lost; raises :class:`JobError`."""
         self.blocks.check(s.table for request in self.requests for s in request.sequences)
 
-    def _work(self) -> None:
-        step = self.scheduler.schedule()
-        if not step.parts:
-            raise JobError("the engine has requests and nothing to compute", "Report this")
-        self._receive(step, self._compute(step))
-
     def _check(self, prompt: Tokens[int], params: SamplingParams) -> None:
         if not prompt:
             raise DataError("the prompt is empty", "Give it at least one token")
@@ -132,50 +128,6 @@ class Engine:
         if params.n > self.limits.sequences:
             raise ParameterError(f"n is {params.n}, a step holds {self.limits.sequences} sequences")
         params.check_tokens(self.limits.vocabulary)
-
-    def _compute(self, step: Step) -> Tensor:
-        for copy in step.copies:
-            self.runner.copy_block(copy.source, copy.target)
-        tokens: list[int] = []
-        positions: list[int] = []
-        starts, rows = [0], []
-        for sequence, count in step.parts:
-            stop = sequence.computed + count
-            tokens += sequence.tokens[sequence.computed : stop]
-            positions += range(sequence.computed, stop)
-            starts.append(len(tokens))
-            if stop == len(sequence.tokens):
-                rows.append(len(tokens) - 1)
-        tables = np.full((len(step.parts), max(len(s.table) for s, _ in step.parts)), -1, np.int32)
-        for i, (sequence, _) in enumerate(step.parts):
-            tables[i, : len(sequence.table)] = sequence.table
-        return self.runner.step(
-            _int32(tokens), _int32(positions), _int32(starts), torch.from_numpy(tables), _int32(rows)
-        )
-
-    def _receive(self, step: Step, logits: Tensor) -> None:
-        """Note what was computed, and choose a token for every sequence that has come to its end."""
-        rows = iter(logits.numpy())
-        for sequence, count in step.parts:
-            self._register(sequence, count)
-            if sequence.need:
-                continue
-            row = next(rows)
-            siblings, sequence.siblings = sequence.siblings, []
-            for sibling in siblings:
-                sibling.table = self.blocks.fork(sequence.table)
-                sibling.computed = sequence.computed
-                self.scheduler.run(sibling)
-            for each in (sequence, *siblings):
-                self._choose(each, row)
-
-    def _register(self, sequence: Sequence, count: int) -> None:
-        """Note ``count`` computed tokens; blocks that are full now become known to others."""
-        size, full = self.blocks.size, sequence.computed // self.blocks.size
-        sequence.computed += count
-        digests = sequence.digests(size, sequence.computed)
-        for block in range(full, len(digests)):
-            self.blocks.register(sequence.table[block], digests[block])
 
     def _choose(self, sequence: Sequence, row: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         request, params = sequence.request, sequence.request.params
@@ -224,6 +176,74 @@ class Engine:
             request.fault = error
             self.cancel(request, "fault")
         self.blocks.forget()
+
+
+class Engine(Answering):
+    """Batches requests over one runner.
+
+    Parameters
+    ----------
+    runner
+        Computes steps; its cache has ``blocks`` blocks.
+    tokenizer, limits, ends
+        See :class:`Answering`.
+    """
+
+    def __init__(
+        self, runner: Runner, blocks: int, tokenizer: Any, limits: Limits, ends: frozenset[int] = frozenset()
+    ) -> None:
+        super().__init__(Blocks(blocks, runner.block_size), tokenizer, limits, ends)
+        self.runner = runner
+
+    def _work(self) -> None:
+        step = self.scheduler.schedule()
+        if not step.parts:
+            raise JobError("the engine has requests and nothing to compute", "Report this")
+        self._receive(step, self._compute(step))
+
+    def _compute(self, step: Step) -> Tensor:
+        for copy in step.copies:
+            self.runner.copy_block(copy.source, copy.target)
+        tokens: list[int] = []
+        positions: list[int] = []
+        starts, rows = [0], []
+        for sequence, count in step.parts:
+            stop = sequence.computed + count
+            tokens += sequence.tokens[sequence.computed : stop]
+            positions += range(sequence.computed, stop)
+            starts.append(len(tokens))
+            if stop == len(sequence.tokens):
+                rows.append(len(tokens) - 1)
+        tables = np.full((len(step.parts), max(len(s.table) for s, _ in step.parts)), -1, np.int32)
+        for i, (sequence, _) in enumerate(step.parts):
+            tables[i, : len(sequence.table)] = sequence.table
+        return self.runner.step(
+            _int32(tokens), _int32(positions), _int32(starts), torch.from_numpy(tables), _int32(rows)
+        )
+
+    def _receive(self, step: Step, logits: Tensor) -> None:
+        """Note what was computed, and choose a token for every sequence that has come to its end."""
+        rows = iter(logits.numpy())
+        for sequence, count in step.parts:
+            self._register(sequence, count)
+            if sequence.need:
+                continue
+            row = next(rows)
+            siblings, sequence.siblings = sequence.siblings, []
+            for sibling in siblings:
+                sibling.table = self.blocks.fork(sequence.table)
+                sibling.computed = sequence.computed
+                self.scheduler.run(sibling)
+            for each in (sequence, *siblings):
+                self._choose(each, row)
+
+    def _register(self, sequence: Sequence, count: int) -> None:
+        """Note ``count`` computed tokens; blocks that are full now become known to others."""
+        size, full = self.blocks.size, sequence.computed // self.blocks.size
+        sequence.computed += count
+        digests = sequence.digests(size, sequence.computed)
+        for block in range(full, len(digests)):
+            self.blocks.register(sequence.table[block], digests[block])
 
 
 def _int32(values: list[int]) -> Tensor:

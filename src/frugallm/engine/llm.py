@@ -134,7 +134,7 @@ class LLM:
             If parameters do not suit the model or the prompts.
         """
         several = _several(prompts)
-        each = list(params) if isinstance(params, (list, tuple)) else [params] * len(several)
+        each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(several)
         if len(each) != len(several):
             raise ParameterError(f"{len(each)} sampling parameters for {len(several)} prompts")
         requests: list[Request] = []
