@@ -90,8 +90,7 @@ class Answering(ABC):
         """End a request at whatever stage it is; one that has ended stays as it is."""
         for sequence in request.sequences:
             if sequence.finish is None:
-                self._finish(sequence, finish)
-                request.events.append(Event(sequence.choice, "", None, finish=finish))
+                self._end(sequence, finish)
 
     def step(self) -> None:
         """Compute one step, and put what it brought into the requests' events.
@@ -131,7 +130,12 @@ class Answering(ABC):
 
     def _choose(self, sequence: Sequence, row: np.ndarray[Any, np.dtype[np.float32]]) -> None:
         request, params = sequence.request, sequence.request.params
-        allowed = sequence.constraint.allowed() if sequence.constraint else None
+        try:
+            allowed = sequence.constraint.allowed() if sequence.constraint else None
+        except JobError as error:  # of this answer alone
+            request.fault = error
+            self._end(sequence, "fault")
+            return
         token = choose(row, params, request.prompt, sequence.output, request.seed, sequence.choice, allowed)
         beside = None if params.logprobs is None else logprobs(row, token, params.logprobs)
         request.events.append(self._accept(sequence, token, beside))
@@ -164,6 +168,11 @@ class Answering(ABC):
             self._finish(sequence, finish, stop)
         sequence.texts.append(text)
         return Event(sequence.choice, text, token, beside, finish, stop)
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        """End an answer that gets no further token."""
+        self._finish(sequence, finish)
+        sequence.request.events.append(Event(sequence.choice, "", None, finish=finish))
 
     def _finish(self, sequence: Sequence, finish: Finish, stop: str | int | None = None) -> None:
         sequence.finish, sequence.stop = finish, stop
