@@ -24,18 +24,9 @@ from tiny_decoders import tiny
 SMALL = Sizes(prefill=20, prompt=6, answer=5, streams=3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny("llama").save_pretrained(path)
-    letters_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Leave out what takes seconds: large products, and processes of their own."""
-    monkeypatch.setenv("FRUGAL_KERNELS", "reference")
     monkeypatch.setattr(limits_of, "limits", lambda rounds: {"memory": 2e9, "bf16": 3e9, "int8": 4e9})
     monkeypatch.setattr(speed, "start_seconds", lambda model: 1.5)
     monkeypatch.setattr(speed, "Sizes", lambda: SMALL)

@@ -13,6 +13,7 @@ import frugallm
 from finished_run import finished
 from frugallm import LLM, SamplingParams
 from frugallm.errors import DataError, ModelError, ParameterError
+from frugallm.kernels.library import usable_paths
 from tiny_decoders import tiny
 
 GREEDY = SamplingParams(temperature=0, seed=0, max_tokens=12, ignore_eos=True)
@@ -249,6 +250,22 @@ def test_one_after_another_and_cancelled_at_any_stage(letters, stage):
         engine.step()
     assert [tuple(s.output) for s in second.sequences] == [a.tokens for a in expected.answers]
     assert not engine.requests and not engine.scheduler.waiting and not engine.scheduler.running
+
+
+def test_every_path_that_is_asked_for_answers_and_native_ones_alike(
+    small_llama, letters, tmp_path, monkeypatch
+):
+    small_llama.save_pretrained(tmp_path)
+    letters.save_pretrained(tmp_path)
+    answers = {}
+    for path in ("reference", *usable_paths()):
+        monkeypatch.setenv("FRUGAL_KERNELS", path)
+        llm = LLM(tmp_path)
+        assert getattr(llm.engine.runner, "path", "reference").startswith(path) and llm.note == ""
+        answers[path] = llm.generate(["abc", "hello"], DRAWN.model_copy(update={"logprobs": 2}))
+    native = [answers[path] for path in usable_paths()]
+    assert all(answer == native[0] for answer in native)
+    assert [len(one.answers[0].tokens) for one in answers["reference"]] == [12, 12]
 
 
 def test_what_cannot_be_opened(small_llama, letters, tmp_path):
