@@ -24,18 +24,9 @@ from tiny_decoders import tiny
 SMALL = Sizes(prefill=20, prompt=6, answer=5, streams=3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny("llama").save_pretrained(path)
-    letters_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Leave out what takes seconds: large products, and processes of their own."""
-    monkeypatch.setenv("FRUGAL_KERNELS", "reference")
     monkeypatch.setattr(limits_of, "limits", lambda rounds: {"memory": 2e9, "bf16": 3e9, "int8": 4e9})
     monkeypatch.setattr(speed, "start_seconds", lambda model: 1.5)
     monkeypatch.setattr(speed, "Sizes", lambda: SMALL)
@@ -55,6 +46,14 @@ def test_bench_prints_a_table_and_writes_json(folder, tmp_path, capsys):
     for figure in (found.prefill, found.decode, found.batch):
         assert 0 < figure.rate.low <= figure.rate.value <= figure.rate.high and figure.rate.repeats == 2
     assert json.loads(file.read_text())["peak_bytes"] > 0
+
+
+def test_what_transformers_computes_is_measured_as_well(tmp_path):
+    tiny("gpt2", num_key_value_heads=None, n_positions=64).save_pretrained(tmp_path)
+    letters_tokenizer().save_pretrained(tmp_path)
+    found = measure(str(tmp_path), repeats=1)
+    assert found.path == "transformers" and "through transformers" in table(found)
+    assert found.weights_bytes is None and found.cache_bytes is None and found.batch.rate.value > 0
 
 
 def test_a_short_context_is_one_line(folder, monkeypatch, capsys):

@@ -1,7 +1,10 @@
 """``frugal generate`` and ``frugal chat`` on a tiny model."""
 
 import io
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -11,21 +14,6 @@ from frugallm.cli.main import main
 from frugallm.engine.llm import LLM
 from frugallm.engine.sampling import SamplingParams
 from frugallm.errors import DataError
-from small_engine import letters_tokenizer
-from tiny_decoders import tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    tiny("llama").save_pretrained(path)
-    letters_tokenizer().save_pretrained(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def reference(monkeypatch):
-    monkeypatch.setenv("FRUGAL_KERNELS", "reference")
 
 
 def test_generate_prints_the_answer(folder, capsys):
@@ -68,6 +56,31 @@ def test_a_chat_through_pipes(folder, capsys, monkeypatch):
     answer = LLM(folder).generate(messages, SamplingParams(temperature=0, max_tokens=9))[0].text
     assert captured.out == f"{answer}\n" * 2
     assert "What was said is forgotten." in captured.err and "/quit" in captured.err
+
+
+def test_a_chat_without_input_or_with_what_is_no_text_is_one_line(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    assert main(["chat", "no-such-model"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard input is closed. A chat reads from")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff\n"), encoding="utf-8"))
+    assert main(["chat", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: what is said cannot be read") and error.count("\n") == 1
+
+
+def test_a_character_that_is_none_is_said_and_the_chat_goes_on(folder, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\udcff\nabc\n"))
+    assert main(["chat", str(folder), "--max-new-tokens", "3"]) == 0
+    captured = capsys.readouterr()
+    assert "is no Unicode character" in captured.err and captured.out
+
+
+def test_who_stops_reading_ends_the_command_without_a_word(folder):
+    command = [sys.executable, "-m", "frugallm", "generate", str(folder), "-p", "abc", "--raw"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 class Heard(LLM):
@@ -127,6 +140,17 @@ def test_the_first_interrupt_is_noted_and_the_second_raises():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_edited_question_knows_its_width(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question="": asked.append(question) or "hi")
+    assert next(chat.Terminal("tiny").lines()) == "hi"
+    assert "\033" in asked[0]
+    assert re.sub("\001[^\002]*\002", "", asked[0]) == "you › "
 
 
 def test_an_answer_is_drawn_on_a_terminal(capsys, monkeypatch):

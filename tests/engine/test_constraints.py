@@ -84,6 +84,32 @@ def test_a_form_that_cannot_be_understood_is_one_clear_line(make_engine, paramet
     assert not engine.requests
 
 
+@pytest.mark.parametrize(
+    ("regex", "so_far", "reason"),
+    [
+        ("aé", "a", "NoExtensionBias"),
+        ("é", "", "NoExtensionBias"),
+        ("a{1000000}", "a", "too many expressions"),
+    ],
+)
+def test_a_form_that_cannot_be_followed_ends_its_answers_and_no_others(make_engine, regex, so_far, reason):
+    """The tokenizer has no token for é, and the library cannot count that far."""
+    free = SamplingParams(seed=5, max_tokens=12, ignore_eos=True)
+    alone, engine = make_engine(), make_engine()
+    expected = alone.add(PROMPT, free)
+    alone.finish(expected)
+    stuck = engine.add(PROMPT, SamplingParams(seed=1, n=2, regex=regex))
+    other = engine.add(PROMPT, free)
+    engine.finish(stuck, other)
+    assert text(other) == text(expected)
+    assert text(stuck)[0] == so_far and text(stuck)[1] in (so_far, "")
+    assert {sequence.finish for sequence in stuck.sequences} == {"fault"}
+    assert stuck.events[-1].finish == "fault"
+    message = str(stuck.fault)
+    assert message.startswith("the regex cannot be followed any further") and reason in message
+    assert "<state>" not in message
+
+
 def test_two_forms_cannot_go_together():
-    with pytest.raises(ParameterError, match="Json_schema and regex cannot go together"):
+    with pytest.raises(ParameterError, match="json_schema and regex cannot go together"):
         SamplingParams(json_schema={}, regex="a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -43,6 +44,8 @@ def chat(
     """Talk with MODEL. Ctrl-C ends an answer; /reset forgets, /quit leaves."""
     from frugallm.engine.sampling import SamplingParams
 
+    if sys.stdin is None:  # closed by whoever started this
+        raise DataError("standard input is closed", "A chat reads from a terminal, a file or a pipe")
     params = SamplingParams(temperature=temperature, top_p=top_p, seed=seed, max_tokens=max_new_tokens)
     llm = open_llm(model)
     if not llm.tokenizer.chat_template:
@@ -99,7 +102,10 @@ class Plain:
 
     def lines(self) -> Iterator[str]:
         """Return what is said."""
-        yield from sys.stdin
+        try:
+            yield from sys.stdin
+        except UnicodeDecodeError as error:
+            raise DataError(f"what is said cannot be read ({error})", "Give it in UTF-8") from error
 
     def say(self, text: str) -> None:
         """Print a remark that is no answer."""
@@ -116,18 +122,24 @@ class Terminal:
     """A conversation on a terminal: Markdown is drawn paragraph by paragraph, the last one as it grows."""
 
     def __init__(self, model: str) -> None:
-        with suppress(ImportError):
-            import readline  # noqa: F401, gives input() arrow keys and a history
         from rich.console import Console
 
         self._console = Console(highlight=False)
+        with self._console.capture() as drawn:
+            self._console.print("[bold cyan]you ›[/bold cyan] ", end="")
+        self._question = drawn.get()
+        with suppress(ImportError):
+            import readline  # noqa: F401, gives input() arrow keys and a history
+
+            # It draws the line again as it is edited, and must know what of the question takes no room.
+            self._question = re.sub(r"(\033\[[0-9;]*m)", "\001\\1\002", self._question)
         self._console.print(f"[bold]{model}[/bold]  [dim]/help shows what there is to know[/dim]\n")
 
     def lines(self) -> Iterator[str]:
         """Ask until somebody leaves."""
         while True:
             try:
-                yield self._console.input("[bold cyan]you ›[/bold cyan] ")
+                yield input(self._question)
             except (EOFError, KeyboardInterrupt):
                 self._console.print()
                 return

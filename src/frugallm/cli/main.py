@@ -105,7 +105,10 @@ def explain(error: Exception) -> tuple[str, int]:
         where = f": {error.filename}" if error.filename else ""
         return f"error: {error.strerror or _one_line(str(error))}{where}. {_mend(error.errno)}", FAILED
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "error: out of memory. Take fewer or shorter windows (--samples, --seq-len)", FAILED
+        return (
+            "error: out of memory. Free some, or take fewer or shorter windows (--samples, --seq-len)",
+            FAILED,
+        )
     what = f"{type(error).__name__}: {_one_line(str(error))}"
     return f"internal error: {what}. Run again with --debug and report what it shows", FAILED
 

@@ -8,12 +8,23 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from frugallm.cli.options import Debug, Model, show_markdown
+from frugallm.cli.options import (
+    Debug,
+    HeldOut,
+    Model,
+    NewFolder,
+    Overwrite,
+    ProgressMode,
+    Quiet,
+    RecipeName,
+    Seed,
+    Threads,
+    show_markdown,
+)
 
 if TYPE_CHECKING:
     from frugallm.progress import Progress
@@ -25,17 +36,17 @@ def run(
     steps: Annotated[
         list[str] | None, typer.Argument(metavar="[STEP[:key=value,…]…]", help="methods, in order")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(metavar="FILE_OR_NAME", help="steps from a recipe")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to write; must not exist")] = None,
+    recipe: RecipeName = None,
+    out: NewFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on where a killed run stopped")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
+    overwrite: Overwrite = False,
     text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="calibration text: file, folder, data set")
     ] = None,
     samples: Annotated[int, typer.Option(metavar="N", help="calibration windows")] = 128,
     seq_len: Annotated[int, typer.Option(metavar="N", help="tokens per calibration window")] = 512,
-    seed: Annotated[int, typer.Option(metavar="N", help="seed of every random choice")] = 0,
-    eval_text: Annotated[str | None, typer.Option(metavar="TEXT", help="held-out text to measure on")] = None,
+    seed: Seed = 0,
+    eval_text: HeldOut = None,
     windows: Annotated[int, typer.Option(metavar="N", help="evaluation windows of 2048 tokens")] = 8,
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="do not measure quality")] = False,
     shares: Annotated[
@@ -49,11 +60,9 @@ def run(
         str, typer.Option(metavar="TYPE", help="type of tensors that stay uncompressed")
     ] = "bf16",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="where to compute")] = "cpu",
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="processor threads; default: all cores")
-    ] = None,
-    progress: Annotated[str, typer.Option(metavar="MODE", help="auto, bar, json or none")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
+    threads: Threads = None,
+    progress: ProgressMode = "auto",
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Compress MODEL with the steps, verify the result, measure it, and write it to --out."""

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from frugallm.cli.options import Debug, show_markdown
+from frugallm.cli.options import (
+    Debug,
+    HeldOut,
+    NewFolder,
+    Overwrite,
+    ProgressMode,
+    Quiet,
+    RecipeName,
+    Seed,
+    Threads,
+    show_markdown,
+)
 from frugallm.cli.run import progress_of, read_recipe, resumable
 
 
@@ -22,8 +32,8 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[STEP[:key=value,…]…]", help="training methods; none: plain training"),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(metavar="FILE_OR_NAME", help="steps from a recipe")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="folder to write; must not exist")] = None,
+    recipe: RecipeName = None,
+    out: NewFolder = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="begin with new weights in MODEL's configuration")
     ] = False,
@@ -32,7 +42,7 @@ def train(
         typer.Option(metavar="key=value,…", help="from scratch: changes to the configuration"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the output folder")] = False,
+    overwrite: Overwrite = False,
     text: Annotated[
         str | None, typer.Option(metavar="TEXT", help="text to train on: file, folder, data set")
     ] = None,
@@ -42,21 +52,19 @@ def train(
     learning_rate: Annotated[
         float | None, typer.Option(metavar="X", help="the highest; default: the method's own")
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="seed of every random choice")] = 0,
+    seed: Seed = 0,
     save_every: Annotated[
         int | None, typer.Option(metavar="N", help="steps between checkpoints; default: ten in all")
     ] = None,
-    eval_text: Annotated[str | None, typer.Option(metavar="TEXT", help="held-out text to measure on")] = None,
+    eval_text: HeldOut = None,
     windows: Annotated[int, typer.Option(metavar="N", help="held-out windows of --seq-len tokens")] = 8,
     no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="do not measure the loss")] = False,
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="type of tensors that stay as they are")
     ] = "bf16",
-    threads: Annotated[
-        int | None, typer.Option(metavar="N", help="processor threads; default: all cores")
-    ] = None,
-    progress: Annotated[str, typer.Option(metavar="MODE", help="auto, bar, json or none")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", help="print errors only")] = False,
+    threads: Threads = None,
+    progress: ProgressMode = "auto",
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Train MODEL with the steps, verify the result, measure it, and write it to --out."""

@@ -10,28 +10,36 @@ import numpy as np
 import numpy.typing as npt
 
 from frugallm.engine.sampling import SamplingParams
-from frugallm.errors import ModelError, ParameterError
+from frugallm.errors import JobError, ModelError, ParameterError
 
 
 class Constraint:
     """What an answer may go on with: the state of one grammar behind one answer."""
 
-    def __init__(self, matcher: Any, vocabulary: int) -> None:
-        self._matcher, self._vocabulary = matcher, vocabulary
+    def __init__(self, name: str, matcher: Any, vocabulary: int) -> None:
+        self._name, self._matcher, self._vocabulary = name, matcher, vocabulary
 
     def allowed(self) -> npt.NDArray[np.bool_]:
-        """Return which tokens may come next, ``(vocabulary,)``; at its end those that end a text."""
+        """Return which tokens may come next, ``(vocabulary,)``; at its end those that end a text.
+
+        Raises
+        ------
+        JobError
+            If no token of the model leads on, or the grammar grows beyond what ``llguidance`` can follow.
+        """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        if self._matcher.is_error():  # the mask then says that the text may end, which is wrong
+            raise JobError(f"the {self._name} cannot be followed any further ({_reason(self._matcher)})")
         return np.unpackbits(bits, count=self._vocabulary, bitorder="little").astype(np.bool_)
 
     def accept(self, token: int) -> bool:
         """Go on behind a token that was allowed; return whether nothing can come any more."""
         self._matcher.consume_token(token)
-        return bool(self._matcher.is_stopped())
+        return bool(self._matcher.is_stopped() and not self._matcher.is_error())
 
     def copy(self) -> Constraint:
         """Return the same state for another answer."""
-        return Constraint(self._matcher.deep_copy(), self._vocabulary)
+        return Constraint(self._name, self._matcher.deep_copy(), self._vocabulary)
 
 
 class Constraints:
@@ -81,8 +89,8 @@ class Constraints:
             raise ParameterError(f"json_schema cannot be read as JSON ({error})") from error
         matcher = LLMatcher(self._prepared(), readers[name](value), log_level=0)
         if matcher.is_error():
-            raise ParameterError(f"{name} cannot be understood ({matcher.get_error()})")
-        return Constraint(matcher, self._vocabulary)
+            raise ParameterError(f"{name} cannot be understood ({_reason(matcher)})")
+        return Constraint(name, matcher, self._vocabulary)
 
     def _prepared(self) -> Any:
         from llguidance.hf import from_tokenizer
@@ -93,3 +101,8 @@ class Constraints:
             except ValueError as error:
                 raise ModelError(f"this model's tokenizer takes no grammar ({error})") from error
         return self._words
+
+
+def _reason(matcher: Any) -> str:
+    """Return what is wrong, without the library's inner state."""
+    return str(matcher.get_error().partition("<state>")[0].strip())

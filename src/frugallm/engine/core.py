@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import Any
@@ -40,28 +41,29 @@ class Limits:
     sequences: int = 64
 
 
-class Engine:
-    """Batches requests over one runner.
+class Answering(ABC):
+    """Takes requests and hands out what their steps bring; a subclass says how a step is computed.
 
     Parameters
     ----------
-    runner
-        Computes steps; its cache has ``blocks`` blocks.
+    blocks
+        Blocks of the cache.
     tokenizer
         Turns tokens into text.
     ends
         Tokens with which the model ends a text.
     """
 
-    def __init__(
-        self, runner: Runner, blocks: int, tokenizer: Any, limits: Limits, ends: frozenset[int] = frozenset()
-    ) -> None:
-        self.runner, self.tokenizer, self.limits, self.ends = runner, tokenizer, limits, ends
-        self.blocks = Blocks(blocks, runner.block_size)
+    def __init__(self, blocks: Blocks, tokenizer: Any, limits: Limits, ends: frozenset[int]) -> None:
+        self.blocks, self.tokenizer, self.limits, self.ends = blocks, tokenizer, limits, ends
         self.scheduler = Scheduler(self.blocks, limits.step, limits.sequences)
         self.requests: set[Request] = set()
         self._constraints = Constraints(tokenizer, limits.vocabulary, ends)
-        self.longest = min(limits.context, blocks * runner.block_size)
+        self.longest = min(limits.context, blocks.count * blocks.size)
+
+    @abstractmethod
+    def _work(self) -> None:
+        """Compute one step of what is scheduled, and choose a token where one is due."""
 
     def add(self, prompt: Tokens[int], params: SamplingParams) -> Request:
         """Take a request.
@@ -88,8 +90,7 @@ class Engine:
         """End a request at whatever stage it is; one that has ended stays as it is."""
         for sequence in request.sequences:
             if sequence.finish is None:
-                self._finish(sequence, finish)
-                request.events.append(Event(sequence.choice, "", None, finish=finish))
+                self._end(sequence, finish)
 
     def step(self) -> None:
         """Compute one step, and put what it brought into the requests' events.
@@ -107,12 +108,6 @@ class Engine:
     def check(self) -> None:
         """Check that no block is lost; raises :class:`JobError`."""
         self.blocks.check(s.table for request in self.requests for s in request.sequences)
-
-    def _work(self) -> None:
-        step = self.scheduler.schedule()
-        if not step.parts:
-            raise JobError("the engine has requests and nothing to compute", "Report this")
-        self._receive(step, self._compute(step))
 
     def _check(self, prompt: Tokens[int], params: SamplingParams) -> None:
         if not prompt:
@@ -132,6 +127,88 @@ class Engine:
         if params.n > self.limits.sequences:
             raise ParameterError(f"n is {params.n}, a step holds {self.limits.sequences} sequences")
         params.check_tokens(self.limits.vocabulary)
+
+    def _choose(self, sequence: Sequence, row: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        request, params = sequence.request, sequence.request.params
+        try:
+            allowed = sequence.constraint.allowed() if sequence.constraint else None
+        except JobError as error:  # of this answer alone
+            request.fault = error
+            self._end(sequence, "fault")
+            return
+        token = choose(row, params, request.prompt, sequence.output, request.seed, sequence.choice, allowed)
+        beside = None if params.logprobs is None else logprobs(row, token, params.logprobs)
+        request.events.append(self._accept(sequence, token, beside))
+
+    def _accept(self, sequence: Sequence, token: int, beside: Any) -> Event:
+        """Append a token to an answer, with its text, and see whether that ends it."""
+        params = sequence.request.params
+        sequence.tokens.append(token)
+        if beside is not None:
+            sequence.logprobs.append(beside)
+        finish: Finish | None = None
+        stop: str | int | None = None
+        text = ""
+        complete = sequence.constraint is not None and sequence.constraint.accept(token)
+        if token in params.stop_token_ids or (token in self.ends and not params.ignore_eos):
+            finish, stop = "stop", token
+        else:
+            text, stop = sequence.stops.push(sequence.stream.push(token))
+            length = len(sequence.tokens) - len(sequence.request.prompt)
+            if stop is not None or complete:
+                finish = "stop"
+            elif length >= params.max_tokens or len(sequence.tokens) >= self.longest:
+                finish = "length"
+        if finish is not None:
+            if not isinstance(stop, str):
+                more, word = sequence.stops.push(sequence.stream.flush())
+                stop, text = (
+                    (stop, text + more + sequence.stops.flush()) if word is None else (word, text + more)
+                )
+            self._finish(sequence, finish, stop)
+        sequence.texts.append(text)
+        return Event(sequence.choice, text, token, beside, finish, stop)
+
+    def _end(self, sequence: Sequence, finish: Finish) -> None:
+        """End an answer that gets no further token."""
+        self._finish(sequence, finish)
+        sequence.request.events.append(Event(sequence.choice, "", None, finish=finish))
+
+    def _finish(self, sequence: Sequence, finish: Finish, stop: str | int | None = None) -> None:
+        sequence.finish, sequence.stop = finish, stop
+        self.scheduler.remove(sequence)
+        if sequence.request.finished:
+            self.requests.discard(sequence.request)
+
+    def _fail(self, error: BaseException) -> None:
+        for request in tuple(self.requests):
+            request.fault = error
+            self.cancel(request, "fault")
+        self.blocks.forget()
+
+
+class Engine(Answering):
+    """Batches requests over one runner.
+
+    Parameters
+    ----------
+    runner
+        Computes steps; its cache has ``blocks`` blocks.
+    tokenizer, limits, ends
+        See :class:`Answering`.
+    """
+
+    def __init__(
+        self, runner: Runner, blocks: int, tokenizer: Any, limits: Limits, ends: frozenset[int] = frozenset()
+    ) -> None:
+        super().__init__(Blocks(blocks, runner.block_size), tokenizer, limits, ends)
+        self.runner = runner
+
+    def _work(self) -> None:
+        step = self.scheduler.schedule()
+        if not step.parts:
+            raise JobError("the engine has requests and nothing to compute", "Report this")
+        self._receive(step, self._compute(step))
 
     def _compute(self, step: Step) -> Tensor:
         for copy in step.copies:
@@ -176,54 +253,6 @@ class Engine:
         digests = sequence.digests(size, sequence.computed)
         for block in range(full, len(digests)):
             self.blocks.register(sequence.table[block], digests[block])
-
-    def _choose(self, sequence: Sequence, row: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-        request, params = sequence.request, sequence.request.params
-        allowed = sequence.constraint.allowed() if sequence.constraint else None
-        token = choose(row, params, request.prompt, sequence.output, request.seed, sequence.choice, allowed)
-        beside = None if params.logprobs is None else logprobs(row, token, params.logprobs)
-        request.events.append(self._accept(sequence, token, beside))
-
-    def _accept(self, sequence: Sequence, token: int, beside: Any) -> Event:
-        """Append a token to an answer, with its text, and see whether that ends it."""
-        params = sequence.request.params
-        sequence.tokens.append(token)
-        if beside is not None:
-            sequence.logprobs.append(beside)
-        finish: Finish | None = None
-        stop: str | int | None = None
-        text = ""
-        complete = sequence.constraint is not None and sequence.constraint.accept(token)
-        if token in params.stop_token_ids or (token in self.ends and not params.ignore_eos):
-            finish, stop = "stop", token
-        else:
-            text, stop = sequence.stops.push(sequence.stream.push(token))
-            length = len(sequence.tokens) - len(sequence.request.prompt)
-            if stop is not None or complete:
-                finish = "stop"
-            elif length >= params.max_tokens or len(sequence.tokens) >= self.longest:
-                finish = "length"
-        if finish is not None:
-            if not isinstance(stop, str):
-                more, word = sequence.stops.push(sequence.stream.flush())
-                stop, text = (
-                    (stop, text + more + sequence.stops.flush()) if word is None else (word, text + more)
-                )
-            self._finish(sequence, finish, stop)
-        sequence.texts.append(text)
-        return Event(sequence.choice, text, token, beside, finish, stop)
-
-    def _finish(self, sequence: Sequence, finish: Finish, stop: str | int | None = None) -> None:
-        sequence.finish, sequence.stop = finish, stop
-        self.scheduler.remove(sequence)
-        if sequence.request.finished:
-            self.requests.discard(sequence.request)
-
-    def _fail(self, error: BaseException) -> None:
-        for request in tuple(self.requests):
-            request.fault = error
-            self.cancel(request, "fault")
-        self.blocks.forget()
 
 
 def _int32(values: list[int]) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from numbers import Integral
+from reprlib import repr as short
 from threading import Lock
 from typing import Any
 
@@ -131,17 +133,14 @@ class LLM:
         ParameterError
             If parameters do not suit the model or the prompts.
         """
-        prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # an array of token ids
-        several = [prompts] if _is_one(prompts) else list(prompts)
-        each = (
-            [params or SamplingParams()] * len(several) if not isinstance(params, Sequence) else list(params)
-        )
+        several = _several(prompts)
+        each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(several)
         if len(each) != len(several):
             raise ParameterError(f"{len(each)} sampling parameters for {len(several)} prompts")
         requests: list[Request] = []
         try:
             for prompt, wanted in zip(several, each):
-                requests.append(self._add(self.encode(prompt), wanted))  # type: ignore[arg-type]
+                requests.append(self._add(prompt, wanted))
             for request in requests:
                 while not request.finished:
                     self._step()
@@ -154,7 +153,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Event]:
         """Answer one prompt, token by token; whoever stops listening cancels it."""
-        request = self._add(self.encode(prompt), params or SamplingParams())
+        request = self._add(prompt, params)
         try:
             while True:
                 while request.events:
@@ -169,9 +168,12 @@ class LLM:
     async def astream(self, prompt: Prompt, params: SamplingParams | None = None) -> AsyncIterator[Event]:
         """Answer one prompt, token by token, for tasks of ``asyncio``; any number of them share the steps."""
         loop = asyncio.get_running_loop()
-        request = await loop.run_in_executor(
-            self._worker, lambda: self._add(self.encode(prompt), params or SamplingParams())
-        )
+        adding = self._worker.submit(self._add, prompt, params)
+        try:
+            request = await asyncio.wrap_future(adding)
+        except asyncio.CancelledError:
+            adding.add_done_callback(self._unwanted)  # the worker may have begun, and nobody else will know
+            raise
         try:
             while True:
                 while request.events:
@@ -185,30 +187,57 @@ class LLM:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the tokens of a prompt: a text as it is, messages in the model's chat template."""
+        prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array of token ids
         if isinstance(prompt, str):
-            return list(self.tokenizer(prompt, verbose=False)["input_ids"])
-        if not all(isinstance(part, dict) for part in prompt):
+            return self._tokens(prompt)
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+            raise DataError(f"a prompt must be a text, token ids or messages; got {short(prompt)}")
+        if all(isinstance(token, Integral) for token in prompt):
             return [int(token) for token in prompt]  # type: ignore[arg-type]
+        # The template has written the special tokens already.
+        return self._tokens(self._written(prompt), add_special_tokens=False)
+
+    def _written(self, messages: Sequence[Any]) -> str:
+        """Return messages as the model's chat template writes them."""
+        for message in messages:
+            if not isinstance(message, dict) or not all(
+                isinstance(message.get(part), str) for part in ("role", "content")
+            ):
+                raise DataError(
+                    f"a prompt cannot hold {short(message)}",
+                    "Give a text, token ids, or messages with a role and a content, both texts",
+                )
         if not self.tokenizer.chat_template:
             raise DataError("the model has no chat template", "Give the prompt as one text")
         from jinja2 import TemplateError
 
         try:
-            return list(
-                self.tokenizer.apply_chat_template(
-                    list(prompt), add_generation_prompt=True, return_dict=True
-                )["input_ids"]
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
             )
-        except TemplateError as error:
+        # What an expression of the template does wrong comes as Python's own error.
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise DataError(f"the model's chat template refuses these messages ({error})") from error
+
+    def _tokens(self, text: str, **how: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"character {error.start + 1} of the prompt is no Unicode character", "Give it in UTF-8"
+            ) from error
+        return list(self.tokenizer(text, verbose=False, **how)["input_ids"])
 
     def close(self) -> None:
         """Let the thread for tasks go; an LLM that goes out of use needs no call."""
         self._worker.shutdown()
 
-    def _add(self, tokens: list[int], params: SamplingParams) -> Request:
+    def _add(self, prompt: Any, params: SamplingParams | None) -> Request:
+        if not isinstance(params, SamplingParams | None):
+            raise ParameterError(f"parameters must be SamplingParams; got {short(params)}")
+        tokens = self.encode(prompt)
         with self._lock:
-            return self.engine.add(tokens, params)
+            return self.engine.add(tokens, params or SamplingParams())
 
     def _step(self) -> None:
         with self._lock:
@@ -226,6 +255,11 @@ class LLM:
             self._abandoned.append(request)
             self._settle()
 
+    def _unwanted(self, adding: Future[Request]) -> None:
+        """End a request whose task went before it knew of it."""
+        if not adding.cancelled() and adding.exception() is None:
+            self._cancel(adding.result())
+
     def _settle(self) -> None:
         # Whoever holds the lock comes here after letting go of it, so nothing stays behind.
         while self._abandoned and self._lock.acquire(blocking=False):
@@ -236,14 +270,20 @@ class LLM:
                 self._lock.release()
 
 
-def _is_one(prompts: Any) -> bool:
-    """Whether this is one prompt: a text, token ids or messages."""
-    return isinstance(prompts, str) or (bool(prompts) and all(isinstance(p, (int, dict)) for p in prompts))
+def _several(prompts: Any) -> list[Any]:
+    """Return what may be one prompt or several as a list of prompts."""
+    prompts = prompts.tolist() if hasattr(prompts, "tolist") else prompts
+    if isinstance(prompts, (str, bytes, dict)) or not isinstance(prompts, Iterable):
+        return [prompts]
+    listed = list(prompts)
+    one = bool(listed) and all(isinstance(part, (Integral, dict)) for part in listed)
+    return [listed] if one else listed
 
 
 def _raise_fault(request: Request) -> None:
     if request.fault is not None:
-        raise JobError(f"the step that computed this answer failed ({request.fault})") from request.fault
+        what = request.fault if str(request.fault) else type(request.fault).__name__
+        raise JobError(f"an answer could not be finished ({what})") from request.fault
 
 
 def _generation(request: Request) -> Generation:

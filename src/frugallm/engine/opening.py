@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from dataclasses import dataclass
 from typing import Any
 
-from frugallm.engine.core import Engine, Limits
+from frugallm.engine.core import Answering, Engine, Limits
 from frugallm.engine.reference import ReferenceRunner, why_not
 from frugallm.engine.runner import BLOCK_SIZE, Runner
 from frugallm.engine.serial import SerialEngine
@@ -18,7 +16,6 @@ from frugallm.models.family import Heads
 CACHE_TOKENS = 16384
 MEMORY_SHARE = 0.25
 UNKNOWN_CONTEXT = 2048
-KERNELS = "FRUGAL_KERNELS"
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Opened:
 
 def open_engine(
     model: Any, tokenizer: Any = None, cache_tokens: int | None = None, step: int = 512, sequences: int = 64
-) -> tuple[Engine, str]:
+) -> tuple[Answering, str]:
     """Open a model for the engine.
 
     Parameters
@@ -66,7 +63,7 @@ def open_engine(
 
     Returns
     -------
-    tuple of Engine and str
+    tuple of Answering and str
         The engine, and a line about what the user should know, or nothing.
 
     Raises
@@ -78,8 +75,9 @@ def open_engine(
     """
     for name, value in (("cache_tokens", cache_tokens), ("step_tokens", step), ("sequences", sequences)):
         least = BLOCK_SIZE if name == "cache_tokens" else 1
-        if value is not None and value < least:
-            raise ParameterError(f"{name} must be at least {least}; got {value}")
+        open_size = value is None and name == "cache_tokens"
+        if not open_size and (not isinstance(value, int) or value < least):
+            raise ParameterError(f"{name} must be a whole number of at least {least}; got {value!r}")
     opened = _open(model, tokenizer)
     context = getattr(opened.config, "max_position_embeddings", None) or UNKNOWN_CONTEXT
     limits = Limits(context, opened.config.get_text_config().vocab_size, step, sequences)
@@ -89,7 +87,7 @@ def open_engine(
     if reason:
         note = f"{reason}; it runs through transformers, one answer after another"
         return SerialEngine(opened.network, opened.tokenizer, limits, opened.ends), note
-    blocks = cache_blocks(opened.config, context, cache_tokens)
+    blocks = cache_blocks(opened.config, context, cache_tokens, 2 if opened.native is not None else 4)
     return Engine(choose_runner(opened, blocks), blocks, opened.tokenizer, limits, opened.ends), ""
 
 
@@ -102,16 +100,28 @@ def choose_runner(opened: Opened, blocks: int) -> Runner:
     return ReferenceRunner(opened.network, blocks)
 
 
-def cache_blocks(config: Any, context: int, tokens: int | None) -> int:
-    """Return how many blocks the cache gets for so many tokens, or for what the model and the memory suggest."""
-    if tokens is not None:
-        return -(-tokens // BLOCK_SIZE)
+def cache_blocks(config: Any, context: int, tokens: int | None, value_bytes: int) -> int:
+    """Return how many blocks the cache gets for so many tokens, or for what the model and the memory suggest.
+
+    Raises
+    ------
+    ParameterError
+        If so many tokens do not fit into memory, at ``value_bytes`` for each number.
+    """
     import psutil
 
     heads = Heads.of(config)
-    token_bytes = 2 * 4 * config.num_hidden_layers * heads.values * heads.width
-    room = int(psutil.virtual_memory().available * MEMORY_SHARE / token_bytes)
-    return max(1, min(max(context, CACHE_TOKENS), room) // BLOCK_SIZE)
+    token_bytes = 2 * value_bytes * config.num_hidden_layers * heads.values * heads.width
+    free = psutil.virtual_memory().available
+    if tokens is None:
+        return max(1, min(max(context, CACHE_TOKENS), int(free * MEMORY_SHARE) // token_bytes) // BLOCK_SIZE)
+    if tokens * token_bytes > free:
+        raise ParameterError(
+            f"cache_tokens is {tokens}, which takes {tokens * token_bytes / 1e9:.1f} GB of memory; "
+            f"{free / 1e9:.1f} are free",
+            f"Take at most {free // token_bytes}",
+        )
+    return -(-tokens // BLOCK_SIZE)
 
 
 def end_tokens(*named: Any) -> frozenset[int]:
@@ -156,11 +166,9 @@ def _open_native(model: Any, tokenizer: Any) -> Opened | None:
 
 def native_wanted() -> bool:
     """Whether there is native code for this processor, and ``FRUGAL_KERNELS`` does not ask for the reference."""
-    if os.environ.get(KERNELS) == "reference" or importlib.util.find_spec("frugallm.kernels") is None:
-        return False
     from frugallm.kernels.library import path_name
 
-    return bool(path_name() != "reference")
+    return path_name() != "reference"
 
 
 def _load(model: Any, tokenizer: Any) -> tuple[Any, Any]:

@@ -17,8 +17,11 @@ from frugallm.engine.sampling import SamplingParams
 
 Logits = npt.NDArray[np.float32]
 Weights = npt.NDArray[np.float64]
-#: Tokens among which the likeliest are looked for first.
-SOME = (256, 4096)
+Ids = npt.NDArray[np.int64]
+#: Weights that are summed together before the sums are cumulated, which one after the other takes ten times as long.
+BLOCK = 256
+#: The reciprocal of a temperature is no larger, so that it times 0 is 0.
+SHARPEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,32 @@ def choose(
         changed = np.where(allowed, changed, -np.inf)
     if params.temperature == 0:
         return int(changed.argmax())
-    weights = filtered(changed, params)
+    ids, weights = filtered(changed, params)
+    place = drawn(weights, uniform(seed, choice, len(prompt) + len(output)))
+    return place if ids is None else int(ids[place])
+
+
+def drawn(weights: Weights, number: float) -> int:
+    """Return the place of the first weight at which the weights up to there exceed a share of all.
+
+    Parameters
+    ----------
+    weights
+        ``(tokens,)``, not normalised.
+    number
+        The share, in [0, 1).
+    """
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK))
+    block, rest = _above(sums, number * float(sums.sum()))
+    return block * BLOCK + _above(weights[block * BLOCK : (block + 1) * BLOCK], rest)[0]
+
+
+def _above(weights: Weights, wanted: float) -> tuple[int, float]:
+    """Return the first place where cumulated weights lie above what is wanted, and what is wanted of it."""
     total = weights.cumsum()
-    place = uniform(seed, choice, len(prompt) + len(output)) * total[-1]
-    # The first token whose cumulated weight lies above; rounding may reach the total itself.
-    return int(min(np.searchsorted(total, place, side="right"), np.flatnonzero(weights)[-1]))
+    # Rounding may reach the total itself; what weighs nothing is never taken.
+    place = int(min(np.searchsorted(total, wanted, side="right"), np.flatnonzero(weights)[-1]))
+    return place, wanted - float(total[place - 1] if place else 0.0)
 
 
 def biased(logits: Logits, params: SamplingParams) -> Logits:
@@ -97,40 +121,45 @@ def penalized(logits: Logits, params: SamplingParams, prompt: Sequence[int], out
     return changed
 
 
-def filtered(logits: Logits, params: SamplingParams) -> Weights:
-    """Return weights ``(vocabulary,)`` to draw with, not normalised: after temperature, top-k, top-p and min-p.
+def filtered(logits: Logits, params: SamplingParams) -> tuple[Ids | None, Weights]:
+    """Return what to draw from after temperature, top-k, top-p and min-p.
+
+    Returns
+    -------
+    tuple
+        Token ids, ascending (``None``: all), and their weights, not normalised; the largest is 1.
 
     References
     ----------
     top-p: Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020; min-p: Nguyen et al., 2024.
     """
-    # The largest logit becomes 0 first, so that a tiny temperature overflows nothing.
-    scaled = (logits.astype(np.float64) - float(logits.max())) / params.temperature
-    weights = np.exp(scaled)
-    if 0 < params.top_k < len(weights):
-        least = np.partition(weights, -params.top_k)[-params.top_k]
-        weights[weights < least] = 0.0
+    ids = None
+    largest = logits.max()
+    if 0 < params.top_k < len(logits):
+        ids = np.flatnonzero(logits >= np.partition(logits, -params.top_k)[-params.top_k])
+        logits = logits[ids]
+    sharpness = min(1 / params.temperature, SHARPEST)
+    weights = np.exp((logits - largest) * np.float32(sharpness)).astype(np.float64)
     if params.top_p < 1:
-        weights = _nucleus(weights, params.top_p)
+        kept = _nucleus(weights, params.top_p)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
     if params.min_p > 0:
-        weights[weights < params.min_p] = 0.0  # the largest weight is 1
-    return weights
+        kept = np.flatnonzero(weights >= params.min_p)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    return ids, weights
 
 
-def _nucleus(weights: Weights, share: float) -> Weights:
-    """Keep the likeliest tokens that together reach a share; of equals those with the lowest ids."""
-    wanted = share * weights.sum()
-    for count in (*SOME, len(weights)):  # sorting all tokens takes longer than the few that are kept
-        count = min(count, len(weights))
-        likely = np.flatnonzero(weights >= np.partition(weights, -count)[-count])
-        order = likely[np.argsort(-weights[likely], kind="stable")]
-        total = weights[order].cumsum()
-        if total[-1] >= wanted:
-            break
-    kept = order[: int(np.searchsorted(total, wanted)) + 1]
-    result = np.zeros_like(weights)
-    result[kept] = weights[kept]
-    return result
+def _nucleus(weights: Weights, share: float) -> Ids:
+    """Return the places of the largest weights that together reach a share; of equals the first ones."""
+    total = weights.sum()
+    # What is left out here weighs less than what may be left out, all of it together. To sort the rest is quick.
+    some = np.flatnonzero(weights >= (1 - share) * total / len(weights))
+    weights = weights[some]
+    likely = -np.sort(-weights)
+    many = min(int(np.searchsorted(likely.cumsum(), share * total)), len(some) - 1) + 1
+    kept = weights > likely[many - 1]
+    kept[np.flatnonzero(weights == likely[many - 1])[: many - int(kept.sum())]] = True
+    return some[kept]
 
 
 def logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
@@ -138,5 +167,7 @@ def logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
     exact = logits.astype(np.float64)
     exact -= exact.max()
     exact -= np.log(np.exp(exact).sum())
-    best = np.argsort(-exact, kind="stable")[:count]
+    count = min(count, len(logits))
+    best = np.flatnonzero(logits >= np.partition(logits, -count)[-count]) if count else np.arange(0)
+    best = best[np.argsort(-logits[best], kind="stable")[:count]]
     return TokenLogprobs(token, float(exact[token]), tuple((int(i), float(exact[i])) for i in best))

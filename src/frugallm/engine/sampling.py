@@ -34,7 +34,8 @@ def _not_empty(words: tuple[str, ...]) -> tuple[str, ...]:
     return words
 
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+#: As large as it can be without leaving float32 behind all penalties.
+Bias = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
 class SamplingParams(BaseModel):
@@ -86,9 +87,9 @@ class SamplingParams(BaseModel):
     min_p: float = Field(default=0.0, ge=0, le=1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    logit_bias: dict[int, Finite] = {}
+    logit_bias: dict[int, Bias] = {}
     stop: Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_not_empty)] = ()
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_listed)] = ()
     max_tokens: int = Field(default=128, ge=1)
@@ -153,5 +154,5 @@ def _explained(error: ValidationError) -> ParameterError:
         )
     message = re.sub(r"^(Input should be|Value error,)\s*", "", first["msg"])
     if first["type"] == "value_error":
-        return ParameterError(message[0].upper() + message[1:])
+        return ParameterError(message)
     return ParameterError(f"{name} must be {message}; got {first['input']!r}")

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from frugallm.engine.core import Engine, Limits
+from frugallm.engine.blocks import Blocks
+from frugallm.engine.core import Answering, Limits
 from frugallm.engine.request import Sequence
 from frugallm.engine.runner import BLOCK_SIZE
 
 
-class SerialEngine(Engine):
+class SerialEngine(Answering):
     """Takes the same requests and chooses tokens the same way, with nothing batched and nothing shared.
 
     Parameters
@@ -22,7 +23,7 @@ class SerialEngine(Engine):
 
     def __init__(self, network: Any, tokenizer: Any, limits: Limits, ends: frozenset[int]) -> None:
         self._network, self._cache = network, None
-        super().__init__(_NoRunner(), limits.context // BLOCK_SIZE + 1, tokenizer, limits, ends)
+        super().__init__(Blocks(-(-limits.context // BLOCK_SIZE), BLOCK_SIZE), tokenizer, limits, ends)
 
     @torch.inference_mode()
     def _work(self) -> None:
@@ -42,15 +43,3 @@ class SerialEngine(Engine):
             self.scheduler.run(following)
             self._cache = None
         return self.scheduler.running[0]
-
-
-class _NoRunner:
-    """Stands where an engine has its runner; nothing is computed in steps here."""
-
-    block_size = BLOCK_SIZE
-
-    def step(self, *_: Any) -> Any:
-        raise NotImplementedError
-
-    def copy_block(self, source: int, target: int) -> None:
-        raise NotImplementedError

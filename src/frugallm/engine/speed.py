@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from frugallm.engine.core import Engine
 from frugallm.engine.llm import LLM
 from frugallm.engine.sampling import SamplingParams
 from frugallm.errors import JobError, ModelError
@@ -144,7 +145,8 @@ def measure(model: str, sizes: Sizes | None = None, repeats: int = 5) -> Speed:
         peak = max(peak, memory.peak)
         starts.append(start_seconds(model))
     middle = {name: Rate.of([one[name] for one in found]).value for name in found[0]}
-    decoder = getattr(llm.engine.runner, "decoder", None)
+    runner = getattr(llm.engine, "runner", None)  # a model run by transformers has none
+    decoder = getattr(runner, "decoder", None)
     prefill, decode, batch = (Rate.of(rates) for rates in zip(*runs))
     best = at_limit(decoder, sizes, middle) if decoder is not None else None
 
@@ -164,7 +166,7 @@ def measure(model: str, sizes: Sizes | None = None, repeats: int = 5) -> Speed:
         start=Rate.of(starts, "s"),
         peak_bytes=peak,
         weights_bytes=weights_bytes(decoder) if decoder is not None else None,
-        cache_bytes=getattr(llm.engine.runner, "cache_bytes", None),
+        cache_bytes=getattr(runner, "cache_bytes", None),
         machine=about,
         versions=versions(),
     )
@@ -280,8 +282,6 @@ def _check_context(llm: LLM, sizes: Sizes) -> None:
 
 def _path(llm: LLM) -> str:
     """Return what computes the steps."""
-    from frugallm.engine.serial import SerialEngine
-
-    if isinstance(llm.engine, SerialEngine):
+    if not isinstance(llm.engine, Engine):
         return "transformers"
     return str(getattr(llm.engine.runner, "path", "reference"))

@@ -223,6 +223,9 @@ def parse_config(raw: dict[str, Any], path: Path) -> PretrainedConfig:
         config = CONFIG_MAPPING[kind].from_dict({k: v for k, v in raw.items() if k != "auto_map"})
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(f"{path} is no valid '{kind}' configuration ({error})") from error
+    context = getattr(config, "max_position_embeddings", None)
+    if isinstance(context, int) and context < 1:
+        raise ModelError(f"{path} is no valid '{kind}' configuration (a context of {context} positions)")
     return config
 
 
