@@ -149,7 +149,7 @@ def cost_of_rounding(packed: LLM, plain: PreTrainedModel, windows: Tensor) -> di
     from frugallm.evaluate.predictions import Predictions, compare_window
     from frugallm.inference.measures import RunnerPredictions
 
-    engine, exact = RunnerPredictions(packed.engine.runner), Predictions(plain)
+    engine, exact = RunnerPredictions(packed.engine.runner), Predictions(plain)  # type: ignore[attr-defined]  # native: an Engine
     length = min(WINDOW, windows.shape[1])
     found = []
     for piece in windows[:, : windows.shape[1] // length * length].reshape(-1, length):
