@@ -39,6 +39,17 @@ def call_it_gptq(folder: Path) -> None:
     (folder / "quantization_config.json").unlink(missing_ok=True)
 
 
+def store_in_16_bits(folder: Path) -> None:
+    """Write what is not quantized in bf16, half of what AutoRound saves after it computed in float32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        floats = {name: t.to(torch.bfloat16) for name, t in tensors.items() if t.dtype == torch.float32}
+        save_file(tensors | floats, file, metadata={"format": "pt"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="dense Hugging Face folder")
@@ -87,6 +98,7 @@ def main() -> None:
         for file in written.iterdir():
             file.rename(Path(args.out) / file.name)
         written.rmdir()
+    store_in_16_bits(Path(args.out))
     call_it_gptq(Path(args.out))
 
 
