@@ -12,7 +12,6 @@ from frugallm.inference.measures import (
     RunnerPredictions,
     attention_inputs,
     in_turn,
-    one_thread,
     plain_pace,
     seconds_of,
 )
@@ -20,6 +19,7 @@ from frugallm.inference.tiled_attention import LENGTHS, by_matrix, error, fused,
 from frugallm.inference.tiled_attention import verdict as tiled_verdict
 from frugallm.kernels import library, operations
 from frugallm.models.in_memory import InMemory
+from frugallm.threads import threads
 
 
 def test_arms_take_turns_and_a_first_round_does_not_count():
@@ -33,7 +33,7 @@ def test_arms_take_turns_and_a_first_round_does_not_count():
 def test_torch_has_its_threads_again():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    with one_thread():
+    with threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)

@@ -28,16 +28,11 @@ def bench(
     if json is not None and (json.is_dir() or not json.parent.is_dir()):
         raise OutputError(f"{json} cannot be written", "Give a file in a folder that exists")
 
-    import torch
-
     from frugallm.engine.speed import measure
+    from frugallm.threads import threads as computing_on
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
+    with computing_on(threads):
         found = measure(model, repeats=repeats)
-    finally:
-        torch.set_num_threads(before)
     if json is not None:
         json.write_text(found.model_dump_json(indent=1) + "\n", encoding="utf-8")
     show_markdown(table(found))

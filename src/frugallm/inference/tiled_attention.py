@@ -94,9 +94,10 @@ class TiledAttention(InferenceMethod):
         """Compare memory, time and output with a stored score matrix, on queries, keys and values of the bench's model."""
         from frugallm.evaluate.memory import extra_bytes
         from frugallm.evaluate.precision import fast_dtype
-        from frugallm.inference.measures import attention_inputs, in_turn, one_thread, seconds_of
+        from frugallm.inference.measures import attention_inputs, in_turn, seconds_of
         from frugallm.kernels import library, operations
         from frugallm.models.open import dense_model
+        from frugallm.threads import threads
 
         cls.check_claim(bench)
         tokens = text_of(bench.windows, max(LENGTHS))
@@ -108,7 +109,7 @@ class TiledAttention(InferenceMethod):
             return operations.attend(q, k, v, torch.arange(len(q), dtype=torch.int32), scale)
 
         fast, found = fast_dtype(), {}
-        with one_thread():
+        with threads(1):  # arms do not share their work among several alike
             for length in LENGTHS:
                 given = [x[:length] for x in heads[0]]
                 q, k, v = (x.to(fast) for x in given)

@@ -7,8 +7,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from frugallm.compress.quantize.solvers import Rounding, one_thread
+from frugallm.compress.quantize.solvers import Rounding
 from frugallm.formats.quantized_tensor import QuantizedTensor
+from frugallm.threads import threads
 
 
 def descend(
@@ -41,7 +42,7 @@ def descend(
     rounding = Rounding(values, s, z, (torch.arange(width) // columns).tolist(), start.scheme)
     rounding.codes.copy_(start.codes.T)
     error = values - weight.T
-    with one_thread():
+    with threads(1):
         for begin in [*range(0, width, block_size)] * passes:
             block = slice(begin, min(begin + block_size, width))
             gradient = h[block] @ error

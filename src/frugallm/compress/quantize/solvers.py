@@ -8,8 +8,7 @@ others get (their own, or the nearest on a grid).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +18,7 @@ from frugallm.compress.prune.unstructured.masks import Sparsity, lowest
 from frugallm.compress.quantize.cholesky import inverse_factor
 from frugallm.formats.extras import KEPT, Columns
 from frugallm.formats.quantized_tensor import QuantizedTensor, WeightScheme
+from frugallm.threads import threads
 
 #: Takes column ``j (out,)`` of the solve, and ``j``; returns the values that it gets.
 Values = Callable[[Tensor, int], Tensor]
@@ -91,7 +91,7 @@ def compensate(
     last = None if kept is None else _KeepLast(rounding, len(kept))
     zeros = _zeros(u, order, block_size, pruned, sparsity)
     pull = _pull(drift, u, order)
-    with one_thread():
+    with threads(1):  # a column is too little work to share, and waiting for each other costs more
         _solve_columns(w, u, last or rounding, zeros, block_size, pull=pull)
     extras = () if last is None else (Columns.of(order[last.first :], last.values),)
     return QuantizedTensor(restored(rounding.codes, order), scale, zero, scheme, extras)
@@ -129,7 +129,7 @@ def prune_and_compensate(
     order = column_order(second_moment, act_order)
     w, u = _begin(weight, second_moment, order, damp)
     exact = _Exact(w)
-    with one_thread():
+    with threads(1):
         _solve_columns(w, u, exact, _zeros(u, order, block_size, None, sparsity), block_size)
     return restored(exact.values, order)
 
@@ -157,7 +157,7 @@ def solve_columns(
     """
     w, u = _begin(weight, second_moment, order, damp)
     values, reached = choose(w, u)
-    with one_thread():
+    with threads(1):
         _solve_columns(w, u, values, _zeros(u, order, block_size, pruned, None), block_size, reached)
 
 
@@ -270,17 +270,6 @@ def _zeros(
         return lowest(scores.flatten(), sparsity.count(scores.numel())).view_as(scores)
 
     return _Zeros(group or block_size, smallest)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: a column is too little work to share, and waiting for each other costs more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _pull(drift: Tensor | None, u: Tensor, order: Tensor) -> Tensor | None:
