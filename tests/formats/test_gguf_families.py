@@ -12,7 +12,8 @@ from frugallm.conformance import trial
 from frugallm.errors import ExportError, ModelError
 from frugallm.formats.export import export
 from frugallm.formats.gguf_families import FAMILIES
-from frugallm.models import dense_model, open_checkpoint
+from frugallm.models import dense_model, gguf_architectures, gguf_file, open_checkpoint
+from frugallm.models.gguf_reader import GGUFData
 from frugallm.recipe import Recipe
 from frugallm.report_files import manifest_of
 from gguf_models import Heard, facts_of, other_family, written
@@ -170,6 +171,35 @@ def test_windows_of_gemma_are_told_block_by_block(layers, window, pattern, tmp_p
     assert found.get("attention.sliding_window") == window
     assert found.get("attention.sliding_window_pattern") == pattern
     assert found["final_logit_softcapping"] == 30
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layers", [[SLIDING] * 5 + [FULL, SLIDING], [FULL, SLIDING], [FULL, FULL]])
+def test_gemma_comes_back_from_its_file(layers, tied, tmp_path):
+    changes = GEMMA | {"layer_types": layers, "num_hidden_layers": len(layers), "tie_word_embeddings": tied}
+    folder, model = other_family(tmp_path, "gemma3_text", **changes)
+    for name, gain in model.state_dict().items():
+        if name.endswith("norm.weight"):
+            gain.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(len(name)))
+    model.save_pretrained(folder)
+    path = export(folder, "gguf:F32")
+    back = open_checkpoint(path)
+    assert back.config.model_type == "gemma3_text" and back.config.layer_types == layers
+    ids = torch.randint(3, 200, (1, 40), generator=torch.Generator().manual_seed(0))  # beyond the window
+    assert torch.allclose(dense_model(back)(ids).logits, model(ids).logits, atol=1e-5)
+    again = tmp_path / "again.gguf"
+    export(path, "gguf:F32", again)
+    assert all(np.array_equal(value, written(path)[0][name]) for name, value in written(again)[0].items())
+
+
+def test_a_pattern_of_windows_that_fits_no_blocks_is_refused(tmp_path):
+    layers = [FULL, SLIDING]
+    changes = GEMMA | {"layer_types": layers, "num_hidden_layers": 2}
+    path = export(other_family(tmp_path, "gemma3_text", **changes)[0], "gguf:F32")
+    reader = GGUFData(path)
+    reader.metadata["gemma3.attention.sliding_window_pattern"] = [True]
+    with pytest.raises(ModelError, match="expected a value for each of 2 blocks"):
+        gguf_file._config(reader, gguf_architectures.ARCHITECTURES["gemma3"])
 
 
 def test_phi_keeps_fused_linears_and_turns_a_part_of_a_head(tmp_path):

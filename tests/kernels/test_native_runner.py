@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from finished_run import finished
 from frugallm.errors import ModelError, ParameterError
 from frugallm.formats.decoded import Decoded
+from frugallm.formats.export import export
 from frugallm.kernels import library
 from frugallm.kernels.decoder import read_decoder
 from frugallm.kernels.native_runner import NativeRunner
@@ -19,6 +20,7 @@ from frugallm.kernels.packing import in_turns
 from frugallm.models.gguf_file import GGUFFile
 from frugallm.models.in_memory import InMemory
 from frugallm.models.open import dense_model
+from gguf_models import other_family
 
 PATHS = library.usable_paths()
 pytestmark = pytest.mark.skipif(not PATHS, reason="the native kernels are not built")
@@ -201,6 +203,18 @@ def test_a_gguf_file_is_computed_by_its_codes(k_quants):
         assert torch.equal(weight.dequantize(), in_turns(values) if name == "gate_up" else values)
     assert decoder.head.kind == "int8"
     assert torch.equal(decoder.head.dequantize(), checkpoint.tensor("model.embed_tokens.weight"))
+    tokens = texts(1)[0]
+    expected = dense_model(checkpoint)(tokens[None].long()).logits[0]
+    found = one_text(NativeRunner(decoder, blocks=3, threads=1), tokens, LENGTH, numbers(0, 1, 2))
+    assert ((found - expected) ** 2).sum() / (expected**2).sum() < 5e-3
+
+
+def test_a_gguf_file_of_gemma_is_computed_by_its_codes(tmp_path):
+    changes = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 9}
+    path = export(other_family(tmp_path, "gemma3_text", **changes)[0], "gguf:Q4_0")
+    checkpoint = GGUFFile(path)
+    decoder = read_decoder(checkpoint)
+    assert decoder.layers[0].down.kind == "int4"
     tokens = texts(1)[0]
     expected = dense_model(checkpoint)(tokens[None].long()).logits[0]
     found = one_text(NativeRunner(decoder, blocks=3, threads=1), tokens, LENGTH, numbers(0, 1, 2))

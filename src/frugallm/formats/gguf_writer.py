@@ -31,7 +31,8 @@ from frugallm.formats.gguf_families import ONE_EXPERT, GGUFFamily, gguf_family, 
 from frugallm.formats.gguf_transcode import transcode
 from frugallm.formats.gguf_vocabulary import name_to_llama_cpp, vocabulary
 from frugallm.formats.packed_folder import PackedFolder
-from frugallm.models.gguf_file import ARCHITECTURES, GGUFFile
+from frugallm.models.gguf_architectures import ARCHITECTURES
+from frugallm.models.gguf_file import GGUFFile
 from frugallm.models.gguf_reader import GGUFData
 from frugallm.progress import Progress
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,79 +19,18 @@ from frugallm.errors import ModelError
 from frugallm.models import gguf_positions
 from frugallm.models.checkpoint import Checkpoint
 from frugallm.models.family import family_of
+from frugallm.models.gguf_architectures import (
+    EXPERTS,
+    IN_BLOCK,
+    TOP,
+    Architecture,
+    architecture_of,
+)
 from frugallm.models.gguf_reader import GGUFData
 from frugallm.models.gguf_tokenizer import build_tokenizer, token_id, tokenizer_files
 
-TOP = {
-    "token_embd": "model.embed_tokens",
-    "output": "lm_head",
-    "output_norm": "model.norm",
-}
-IN_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "mlp.gate",
-}
-#: The linears of all experts of a block, one tensor each.
-EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}
 BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z_]+)\.(weight|bias)")
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What llama.cpp's architecture is in ``transformers``.
-
-    Attributes
-    ----------
-    model_type
-        Its name there.
-    biases
-        Field of the configuration to the linear whose bias says that it holds.
-    counts
-        Field of the configuration to the key of the file that holds it.
-    fixed
-        Fields of the configuration that llama.cpp takes for granted, with their values.
-    paired
-        Whether the rows of q and k lie rotary pair by rotary pair.
-    """
-
-    model_type: str
-    biases: Mapping[str, str] = field(default_factory=dict)
-    counts: Mapping[str, str] = field(default_factory=dict)
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    paired: bool = False
-
-
-MIXTURE = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
-ARCHITECTURES = {
-    "llama": Architecture("llama", {"attention_bias": "attn_q", "mlp_bias": "ffn_up"}, paired=True),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", {"attention_bias": "attn_q"}),
-    "qwen3moe": Architecture(
-        "qwen3_moe",
-        counts=MIXTURE | {"moe_intermediate_size": "expert_feed_forward_length"},
-        fixed={"norm_topk_prob": True},
-    ),
-    "olmoe": Architecture("olmoe", counts=MIXTURE, fixed={"norm_topk_prob": False}),
-}
-#: What the file calls llama where it has experts.
-MIXTRAL = Architecture(
-    "mixtral",
-    counts={"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"},
-    fixed={"sliding_window": None},
-    paired=True,
-)
 DIVISORS = "rope_freqs.weight"
-LARGEST = 2**31  # no width or count of a real model is larger; beyond it sizes overflow
 
 
 class GGUFFile(Checkpoint):
@@ -112,8 +49,8 @@ class GGUFFile(Checkpoint):
         self.name = name or str(path)
         self._license = license
         self._data = GGUFData(self.path)
-        self._stored = _transformers_names(self._data)
-        self._architecture = _architecture(self._data)
+        self._architecture = architecture_of(self._data)
+        self._stored = _transformers_names(self._data, self._architecture)
         self.config = _config(self._data, self._architecture)
         self.family = family_of(self.config)
         for kind in {self._data.tensors[stored].kind for stored, _ in self._stored.values()}:
@@ -187,6 +124,8 @@ class GGUFFile(Checkpoint):
         stored, shape, raw = self._stored[name][0], self.shape(name), self._raw(name)
         if len(shape) == 1:  # a vector is one row of bytes: its "rows" are elements
             values = self._dequantize(raw, stored).reshape(shape)
+            if name.endswith("norm.weight"):
+                values -= self._architecture.gain
             order = self._row_order(name, shape[0])
             return (values if order is None else values[order])[start:stop].clone()
         order = self._row_order(name, len(raw))
@@ -229,16 +168,17 @@ def _check_type(kind: Any, path: Path) -> None:
         ) from error
 
 
-def _transformers_names(data: GGUFData) -> dict[str, tuple[str, int | None]]:
+def _transformers_names(data: GGUFData, architecture: Architecture) -> dict[str, tuple[str, int | None]]:
     """Map the state-dict name of each tensor to its name in the file and the expert whose part of it that is."""
     found: dict[str, tuple[str, int | None]] = {}
+    parts = {**IN_BLOCK, **architecture.names}
     for stored, info in data.tensors.items():
         stem, _, kind = stored.rpartition(".")
         match = BLOCK.fullmatch(stored)
         if stem in TOP:
             found[f"{TOP[stem]}.{kind}"] = stored, None
-        elif match and match[2] in IN_BLOCK:
-            found[f"model.layers.{int(match[1])}.{IN_BLOCK[match[2]]}.{match[3]}"] = stored, None
+        elif match and match[2] in parts:
+            found[f"model.layers.{int(match[1])}.{parts[match[2]]}.{match[3]}"] = stored, None
         elif match and match[2] in EXPERTS and match[3] == "weight" and len(info.shape) == 3:
             experts = f"model.layers.{int(match[1])}.mlp.experts"
             for number in range(info.shape[0]):
@@ -246,18 +186,6 @@ def _transformers_names(data: GGUFData) -> dict[str, tuple[str, int | None]]:
         elif stored != DIVISORS:
             raise ModelError(f"{data.path}: tensor '{stored}' has no place in a model of its architecture")
     return found
-
-
-def _architecture(data: GGUFData) -> Architecture:
-    name = data.metadata.get("general.architecture")
-    if name not in ARCHITECTURES:
-        raise ModelError(
-            f"{data.path}: architecture '{name}' is not read from GGUF",
-            f"Supported: {', '.join(ARCHITECTURES)}",
-        )
-    if name == "llama" and data.metadata.get("llama.expert_count", 0) != 0:
-        return MIXTRAL
-    return ARCHITECTURES[name]
 
 
 def _config(data: GGUFData, architecture: Architecture) -> PretrainedConfig:
@@ -270,12 +198,12 @@ def _config(data: GGUFData, architecture: Architecture) -> PretrainedConfig:
         raise ModelError(
             f"{path} is one part of a split model", "Merge the parts with llama.cpp's gguf-split"
         )
-    heads, width = _count(data, "attention.head_count"), _count(data, "embedding_length")
-    head_dim = _count(data, "attention.key_length", width // heads)
+    heads, width = data.count("attention.head_count"), data.count("embedding_length")
+    head_dim = data.count("attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
-        if _count(data, key, head_dim) != head_dim:
+        if data.count(key, head_dim) != head_dim:
             raise ModelError(
-                f"{path}: {key} is {_count(data, key)}, heads are {head_dim} wide", "Use another model"
+                f"{path}: {key} is {data.count(key)}, heads are {head_dim} wide", "Use another model"
             )
     if "token_embd.weight" not in data.tensors:
         raise ModelError(f"{path}: token_embd.weight is missing", "Fetch it again")
@@ -289,18 +217,19 @@ def _config(data: GGUFData, architecture: Architecture) -> PretrainedConfig:
         return make(
             architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]],
             hidden_size=width,
-            intermediate_size=_count(data, "feed_forward_length"),
-            num_hidden_layers=_count(data, "block_count"),
+            intermediate_size=data.count("feed_forward_length"),
+            num_hidden_layers=data.count("block_count"),
             num_attention_heads=heads,
-            num_key_value_heads=_count(data, "attention.head_count_kv", heads),
+            num_key_value_heads=data.count("attention.head_count_kv", heads),
             head_dim=head_dim,
-            max_position_embeddings=_count(data, "context_length"),
+            max_position_embeddings=data.count("context_length"),
             vocab_size=vocabulary,
-            rms_norm_eps=_real(data, "attention.layer_norm_rms_epsilon", 1e-5),
-            rope_parameters=_positions(data, head_dim),
+            rms_norm_eps=data.real("attention.layer_norm_rms_epsilon", 1e-5),
+            rope_parameters=_all_positions(data, head_dim, architecture.local_base),
             **{name: f"blk.0.{part}.bias" in data.tensors for name, part in architecture.biases.items()},
-            **{name: _count(data, key) for name, key in architecture.counts.items()},
+            **{name: data.count(key) for name, key in architecture.counts.items()},
             **architecture.fixed,
+            **architecture.more(data),
             tie_word_embeddings="output.weight" not in data.tensors,
             bos_token_id=token_id(metadata, "bos", path),
             eos_token_id=token_id(metadata, "eos", path),
@@ -310,9 +239,18 @@ def _config(data: GGUFData, architecture: Architecture) -> PretrainedConfig:
         raise ModelError(f"{path}: its metadata describes no {kind} model ({error})") from error
 
 
+def _all_positions(data: GGUFData, head_dim: int, local_base: float) -> dict[str, Any]:
+    """Return the rotary positions, by kind of attention where there are two."""
+    found = _positions(data, head_dim)
+    if not local_base:
+        return found
+    local = gguf_positions.plain(data.real("rope.freq_base_swa", local_base))
+    return {"full_attention": found, "sliding_attention": local}
+
+
 def _positions(data: GGUFData, head_dim: int) -> dict[str, Any]:
-    theta, kind = _real(data, "rope.freq_base", 10000.0), _value(data, "rope.scaling.type", "none")[1]
-    context = _count(data, "context_length")
+    theta, kind = data.real("rope.freq_base", 10000.0), data.value("rope.scaling.type", "none")[1]
+    context = data.count("context_length")
     if DIVISORS in data.tensors and kind == "none":
         info = data.tensors[DIVISORS]
         if info.shape != (head_dim // 2,) or info.kind.name != "F32":
@@ -324,35 +262,11 @@ def _positions(data: GGUFData, head_dim: int) -> dict[str, Any]:
             )
         return gguf_positions.divided(theta, divisors, context)
     if kind == "none":
-        return {"rope_type": "default", "rope_theta": theta}
+        return gguf_positions.plain(theta)
     if kind not in ("linear", "yarn") or DIVISORS in data.tensors:
         raise ModelError(f"{data.path} scales its rotary frequencies ({kind}), which is not read from GGUF")
-    factor = _real(data, "rope.scaling.factor", 1.0)
+    factor = data.real("rope.scaling.factor", 1.0)
     if kind == "linear":
         return gguf_positions.linear(theta, factor)
-    original = _count(data, "rope.scaling.original_context_length", context)
-    return gguf_positions.yarn(theta, factor, original, _real(data, "rope.scaling.attn_factor", 1.0))
-
-
-def _value(data: GGUFData, key: str, default: float | str | None) -> tuple[str, Any]:
-    """Return the full key of a hyper-parameter and its value."""
-    full = f"{data.metadata.get('general.architecture')}.{key}"
-    return full, data.metadata.get(full, default)
-
-
-def _count(data: GGUFData, key: str, default: int | None = None) -> int:
-    full, value = _value(data, key, default)
-    if type(value) is not int or not 1 <= value < LARGEST:
-        raise ModelError(
-            f"{data.path}: {full} is {value!r}, expected a positive whole number", "Fetch it again"
-        )
-    return value
-
-
-def _real(data: GGUFData, key: str, default: float) -> float:
-    full, value = _value(data, key, default)
-    with np.errstate(over="ignore", under="ignore"):
-        number = float(str(np.float32(value))) if type(value) is float else 0.0  # 1e-5, not 9.999999747e-06
-    if not 0 < number < float("inf"):
-        raise ModelError(f"{data.path}: {full} is {value!r}, expected a positive number", "Fetch it again")
-    return number
+    original = data.count("rope.scaling.original_context_length", context)
+    return gguf_positions.yarn(theta, factor, original, data.real("rope.scaling.attn_factor", 1.0))

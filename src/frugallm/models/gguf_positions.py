@@ -17,6 +17,11 @@ from torch import Tensor
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
+def plain(theta: float) -> dict[str, Any]:
+    """Return the parameters of positions as they are."""
+    return {"rope_type": "default", "rope_theta": theta}
+
+
 def linear(theta: float, factor: float) -> dict[str, Any]:
     """Return the parameters of positions divided by ``factor``."""
     return {"rope_type": "linear", "rope_theta": theta, "factor": factor}

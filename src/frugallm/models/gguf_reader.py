@@ -37,6 +37,7 @@ SCALARS = {
     12: "<f8",
 }
 MAX_DIMENSIONS = 4
+LARGEST = 2**31  # no width or count of a real model is larger; beyond it sizes overflow
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,45 @@ class GGUFData:
         if offset + info.row_count * info.row_bytes > len(self._map):
             raise damaged(f"tensor '{name}' reaches past the end of the file")
         return info
+
+    def value(self, key: str, default: float | str | None) -> tuple[str, Any]:
+        """Return the full key of a hyper-parameter, with the architecture in front, and its value."""
+        full = f"{self.metadata.get('general.architecture')}.{key}"
+        return full, self.metadata.get(full, default)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """Return a hyper-parameter that counts something.
+
+        Raises
+        ------
+        ModelError
+            If it is no positive whole number.
+        """
+        full, value = self.value(key, default)
+        if type(value) is not int or not 1 <= value < LARGEST:
+            raise ModelError(
+                f"{self.path}: {full} is {value!r}, expected a positive whole number", "Fetch it again"
+            )
+        return value
+
+    def real(self, key: str, default: float) -> float:
+        """Return a hyper-parameter that measures something.
+
+        Raises
+        ------
+        ModelError
+            If it is no positive finite number.
+        """
+        full, value = self.value(key, default)
+        with np.errstate(over="ignore", under="ignore"):
+            number = (
+                float(str(np.float32(value))) if type(value) is float else 0.0
+            )  # 1e-5, not 9.999999747e-06
+        if not 0 < number < float("inf"):
+            raise ModelError(
+                f"{self.path}: {full} is {value!r}, expected a positive number", "Fetch it again"
+            )
+        return number
 
     def raw(self, name: str) -> np.ndarray:
         """Return the stored bytes of a tensor, ``(rows, row_bytes)``, as a view of the mapped file."""
