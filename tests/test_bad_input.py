@@ -193,7 +193,7 @@ def test_a_model_that_is_not_there_is_answered_soon(name, says, job, capsys):
         ("gptq:symmetric=perhaps", "symmetric must be"),
         ("gptq:bits", "gptq:bits"),
         ("gptq:bits=4,bits=3", "bits"),
-        ("embedding:bits=3", "bits must be 4 or 8; got 3"),
+        ("embedding:bits=3", "bits must be 4, 5, 6, 7 or 8; got 3"),
         ("gptq smoothquant", "Put smoothquant before gptq"),
         ("rtn gptq", "would be rounded twice"),
         ("gptq gptq", "would be rounded twice"),
