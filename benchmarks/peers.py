@@ -26,7 +26,7 @@ PEERS = {
     "openvino": ["torch==2.13.0", "openvino-genai==2026.4.1.0", "optimum-intel==2.2.0", "nncf==3.4.0"],
 }
 # What a peer's package asks for and does not need: builds for another torch, which break the import of transformers.
-UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"]}
+UNWANTED = {"vllm": ["torchvision", "torchaudio", "torchcodec"], "openvino": ["torchvision"]}
 REPORTED = {
     "llmcompressor": ("llmcompressor", "compressed-tensors", "transformers", "torch", "accelerate"),
     "hqq": ("hqq", "transformers", "torch"),
