@@ -11,7 +11,7 @@ constexpr float NOTHING = -__builtin_inff();
 
 inline void clear(Partial& part, int padded) {
     part.largest = NOTHING, part.total = 0;
-    std::memset(part.values, 0, sizeof(float) * padded);
+    for (int d = 0; d < padded; d += 16) store(part.values + d, v16{});
 }
 
 inline void add_chunk(Partial& all, const Partial& chunk, int padded) {
@@ -94,7 +94,7 @@ inline int weigh(const Cache& c, float* scores, int begin, int position, uint32_
     part.largest = largest_of(largest);
     v16 total{};
     for (int i = 0; i < seen; i += 16) {
-        v16 weight = exp_of(load<v16>(scores + i) - part.largest);
+        v16 weight = exp_here(load<v16>(scores + i) - part.largest);
         u16 bits = (u16)weight;
         bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;  // to bf16: what is summed is what is multiplied
         total = total + (v16)bits;
@@ -111,7 +111,7 @@ void chunk_of(const Cache& c, const int32_t* table, const Query* q, int begin, P
     alignas(64) uint32_t weights[N][CHUNK / 2];
     const int32_t* blocks = table + begin / BLOCK;
     int last = q[N - 1].position + 1 - begin, count = ((last < CHUNK ? last : CHUNK) + BLOCK - 1) / BLOCK, b = 0;
-    constexpr int AT_ONCE = N <= 4 ? 4 : 1;
+    constexpr int AT_ONCE = N <= 4 ? 4 : 2;  // as many sums at once as registers hold, for each waits for its last
     for (; b + AT_ONCE <= count; b += AT_ONCE) scores_of<N, AT_ONCE>(c, blocks + b, q, scores, b * BLOCK);
     for (; b < count; b++) scores_of<N, 1>(c, blocks + b, q, scores, b * BLOCK);
     int seen[N];
@@ -167,9 +167,12 @@ void attend(const Cache& c, const int32_t* table, const Query* q, int count) {
 void write_cache(const Cache& c, int block, int slot, const float* key, const float* value) {
     uint16_t* keys = c.keys + block * c.block_stride + 2 * slot;
     uint16_t* values = c.values + block * c.block_stride + (slot / 2) * 2 * c.padded + slot % 2;
-    for (int d = 0; d < c.padded; d++) {
-        keys[(d / 2) * 2 * BLOCK + d % 2] = d < c.head ? bf16_of(key[d]) : 0;
-        values[2 * d] = d < c.head ? bf16_of(value[d]) : 0;
+    for (int d = 0; d < c.padded; d += 16) {
+        int count = c.head - d < 16 ? c.head - d : 16;
+        uint16_t k[16], v[16];
+        store(k, bf16_lanes(first_of(key + d, count))), store(v, bf16_lanes(first_of(value + d, count)));
+        for (int i = 0; i < 16; i += 2) std::memcpy(keys + (d + i) * BLOCK, k + i, 4);
+        for (int i = 0; i < 16; i++) values[2 * (d + i)] = v[i];
     }
 }
 

@@ -32,7 +32,7 @@ struct Linear {
 struct Inputs {
     uint32_t* words;
     float* scales;  // by group, in the same blocks
-    int32_t* sums;  // of the codes of a group
+    int32_t* sums;  // of the codes of a group; where weights have scales alone, times what these codes are to begin with
     int64_t stride, group_stride, rows;
 };
 

@@ -18,8 +18,7 @@ void rms_norm(const float* x, const float* weight, float eps, int width, float* 
         squares = squares + v * v;
     }
     if (whole < width) {
-        v16 v{};
-        std::memcpy(&v, x + whole, 4 * (width - whole));
+        v16 v = first_of(x + whole, width - whole);
         squares = squares + v * v;
     }
     float factor = 1.0f / __builtin_sqrtf(sum_of(squares) / float(width) + eps);
@@ -38,15 +37,14 @@ void rotate(float* head, const float* cos, const float* sin, int half) {
 void gated_mul(const float* gate, const float* up, int count, int epilogue, float* out) {
     for (int i = 0; i < count; i += 16) {
         int n = count - i < 16 ? count - i : 16;
-        v16 g{}, u{};
-        std::memcpy(&g, gate + i, 4 * n), std::memcpy(&u, up + i, 4 * n);
+        v16 g = first_of(gate + i, n), u = first_of(up + i, n);
         v16 product = (epilogue == SILU_MUL ? silu_of(g) : gelu_of(g)) * u;
         std::memcpy(out + i, &product, 4 * n);
     }
 }
 
 void to_bf16(const float* x, int count, int padded, uint16_t* out) {
-    for (int i = 0; i < padded; i++) out[i] = i < count ? bf16_of(x[i]) : 0;
+    for (int i = 0; i < padded; i += 16) store(out + i, bf16_lanes(first_of(x + i, count - i < 16 ? count - i : 16)));
 }
 
 }  // namespace

@@ -43,12 +43,19 @@ inline RowBlock block_of(int64_t row, int64_t rows) {
 inline int inputs_per_word(int kind) { return kind == BF16 ? 2 : kind == F32 ? 1 : 4; }
 inline int inputs_per_line(int kind) { return kind == INT4 ? 8 : inputs_per_word(kind); }
 
+inline i16 round_to(v16 v, float inverse, int8_t* codes, int count) {
+    i16 rounded = as_int(v * inverse + ROUND) - 0x4B400000;
+    b16 bytes = __builtin_convertvector(rounded, b16);
+    std::memcpy(codes, &bytes, count);
+    return rounded;
+}
+
 // Round one group to int8: largest magnitude on 127. Returns the sum of the codes.
 inline int32_t round_group(const float* x, int group, int8_t* codes, float* scale) {
-    v16 largest{};
-    for (int i = 0; i < group; i += 16) {
-        v16 v{};
-        std::memcpy(&v, x + i, 4 * (group - i < 16 ? group - i : 16));
+    const int whole = group / TILE * TILE;  // most groups have no rest, and copies of a known size are one instruction
+    v16 rest = whole < group ? first_of(x + whole, group - whole) : v16{}, largest = max_of(rest, -rest);
+    for (int i = 0; i < whole; i += TILE) {
+        v16 v = load<v16>(x + i);
         largest = max_of(largest, max_of(v, -v));
     }
     float top = largest_of(largest);
@@ -56,26 +63,24 @@ inline int32_t round_group(const float* x, int group, int8_t* codes, float* scal
     float inverse = nothing ? 0.0f : 127.0f / top;
     *scale = nothing ? 0.0f : top / 127.0f;
     i16 sum{};
-    for (int i = 0; i < group; i += 16) {
-        int count = group - i < 16 ? group - i : 16;
-        v16 v{};
-        std::memcpy(&v, x + i, 4 * count);
-        i16 rounded = as_int(v * inverse + ROUND) - 0x4B400000;
-        sum = sum + rounded;
-        b16 bytes = __builtin_convertvector(rounded, b16);
-        std::memcpy(codes + i, &bytes, count);
-    }
-    int32_t total = 0;
-    for (int i = 0; i < 16; i++) total += sum[i];
-    return total;
+    for (int i = 0; i < whole; i += TILE) sum = sum + round_to(load<v16>(x + i), inverse, codes + i, TILE);
+    if (whole < group) sum = sum + round_to(rest, inverse, codes + whole, group - whole);
+    return sum_of(sum);
+}
+
+// What unsigned codes count too much for every input, if scales alone belong to them.
+inline int32_t offset_of(const Linear& w) {
+    const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
+    return (w.kind == INT4 ? 8 : BYTE_OFFSET) - (minima ? (w.kind == INT4 ? 8 : 128) : 0);
 }
 
 void prepare_codes(const Linear& w, const float* x, RowBlock block, int m, Inputs& to) {
     alignas(64) int8_t codes[1024];
+    const int32_t times = w.zero_type == NONE ? -offset_of(w) : 1;
     uint32_t* words = to.words + block.first * to.stride + m;
     for (int g = 0; g < w.groups; g++) {
         int64_t at = block.first * to.group_stride + int64_t(g) * block.size + m;
-        to.sums[at] = round_group(x + int64_t(g) * w.group, w.group, codes, to.scales + at);
+        to.sums[at] = times * round_group(x + int64_t(g) * w.group, w.group, codes, to.scales + at);
         for (int k = 0; k < w.group / 4; k++, words += block.size) *words = read<uint32_t>(codes + 4 * k);
     }
 }
@@ -99,13 +104,16 @@ void prepare(const Linear& w, const float* x, int64_t x_stride, int64_t first, i
     }
 }
 
-// Exact sums of products of a group's codes, sixteen rows by M rows of activations; x goes on to the next group.
+// Add the exact sums of products of a group's codes, sixteen rows by M rows of activations.
 template <int M, int KIND>
 inline void group_sums(const uint8_t* line, int lines, const uint32_t* x, i16* sum) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
     __m256i first[M], second[M];  // rows 0 to 7 and 8 to 15
-    UNROLL for (int m = 0; m < M; m++) first[m] = second[m] = _mm256_setzero_si256();
+    UNROLL for (int m = 0; m < M; m++) {
+        std::memcpy(first + m, sum + m, 32);
+        std::memcpy(second + m, (char*)(sum + m) + 32, 32);
+    }
     for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 * M : M) {
         __m256i a = _mm256_loadu_si256((const __m256i*)line), b = _mm256_loadu_si256((const __m256i*)(line + 32));
         UNROLL for (int m = 0; m < M; m++) {
@@ -129,7 +137,6 @@ inline void group_sums(const uint8_t* line, int lines, const uint32_t* x, i16* s
         std::memcpy((char*)(sum + m) + 32, second + m, 32);
     }
 #else
-    UNROLL for (int m = 0; m < M; m++) sum[m] = i16{};
     for (int l = 0; l < lines; l++, line += 64) {
         i16 v = load<i16>(line);
         if (KIND == INT8) {
@@ -154,18 +161,19 @@ inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, in
     const float* scales = in.scales + row * in.group_stride;
     const int32_t* sums = in.sums + row * in.group_stride;
     const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
-    const int32_t offset = (KIND == INT4 ? 8 : BYTE_OFFSET) - (minima ? (KIND == INT4 ? 8 : 128) : 0);
+    const int32_t offset = offset_of(w);
     UNROLL for (int m = 0; m < M; m++) acc[m] = v16{};
     int64_t at = int64_t(tile) * w.groups * TILE;
     for (int g = 0; g < w.groups; g++, at += TILE, scales += M, sums += M) {
         i16 sum[M];
+        UNROLL for (int m = 0; m < M; m++) sum[m] = w.zero_type == NONE ? all_int(sums[m]) : i16{};
         group_sums<M, KIND>(line, lines, x, sum);
         line += lines * 64, x += w.group / 4 * M;
         v16 scale = numbers(w.scales, at, w.scale_type);
         if (w.zero_type == NUM_INT8) {
             i16 zero = __builtin_convertvector(load<b16>((const int8_t*)w.zeros + at), i16) + offset;
             UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - zero * sums[m];
-        } else {
+        } else if (minima) {
             UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - offset * sums[m];
         }
         UNROLL for (int m = 0; m < M; m++)

@@ -33,6 +33,14 @@ inline void store(void* to, V v) {
     std::memcpy(to, &v, sizeof(V));
 }
 
+// Up to sixteen numbers, then zeros.
+inline v16 first_of(const float* x, int count) {
+    if (count == 16) return load<v16>(x);  // a copy of a known size is one instruction
+    v16 v{};
+    std::memcpy(&v, x, 4 * count);
+    return v;
+}
+
 inline v16 all_lanes(float x) { return v16{} + x; }
 inline i16 all_int(int32_t x) { return i16{} + x; }
 inline v16 as_float(i16 x) { return (v16)x; }
@@ -46,21 +54,31 @@ inline T read(const void* from) {
     return x;
 }
 
-// Sum and largest of the lanes, by halves: lane i with i + 8, then + 4, + 2, + 1.
-inline float sum_of(v16 v) {
-    float a[16];
-    store(a, v);
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) a[i] = a[i] + a[i + half];
-    return a[0];
+// The lanes joined by halves: lane i with i + 8, then + 4, + 2, + 1.
+template <class V16, class Join>
+inline auto over_lanes(V16 v, Join join) {
+    typedef decltype(v[0] + v[0]) T;
+    typedef T V8 __attribute__((vector_size(32)));
+    typedef T V4 __attribute__((vector_size(16)));
+    V8 eight[2];
+    store(eight, v);
+    eight[0] = join(eight[0], eight[1]);
+    V4 four[2];
+    store(four, eight[0]);
+    four[0] = join(four[0], four[1]);
+    T last[4];
+    store(last, four[0]);
+    return join(join(last[0], last[2]), join(last[1], last[3]));
 }
 
+inline float sum_of(v16 v) {
+    return over_lanes(v, [](auto a, auto b) { return a + b; });
+}
+inline int32_t sum_of(i16 v) {
+    return over_lanes(v, [](auto a, auto b) { return a + b; });
+}
 inline float largest_of(v16 v) {
-    float a[16];
-    store(a, v);
-    for (int half = 8; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
-    return a[0];
+    return over_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 inline v16 from_bf16(h16 x) { return as_float((i16)(__builtin_convertvector(x, u16) << 16)); }
@@ -69,6 +87,13 @@ inline uint16_t bf16_of(float x) {  // to nearest, ties to even; NaN stays one
     uint32_t u = read<uint32_t>(&x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 0x40);
     return uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
+}
+
+inline h16 bf16_lanes(v16 x) {
+    u16 u = (u16)x;
+    u16 nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    u16 found = (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : nearest;
+    return __builtin_convertvector(found, h16);
 }
 
 inline v16 from_f16(const void* from) {
@@ -96,7 +121,7 @@ inline float number_at(const void* base, int64_t index, int32_t type) { return n
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, ties to even
 
 // exp(x) for x <= 88 or so, a polynomial of degree 6 over [-ln 2 / 2, ln 2 / 2]; 0 below -60.
-inline v16 exp_of(v16 x) {
+__attribute__((always_inline)) inline v16 exp_here(v16 x) {
     v16 n = x * 1.44269504088896341f + ROUND;
     i16 shift = (as_int(n) - 0x4B400000) << 23;
     n = n - ROUND;
@@ -113,6 +138,8 @@ inline v16 exp_of(v16 x) {
     y = as_float(as_int(y) + shift);
     return x < -60.0f ? v16{} : y;
 }
+
+__attribute__((noinline)) v16 exp_of(v16 x) { return exp_here(x); }  // where registers are short
 
 inline v16 silu_of(v16 x) {
     v16 clipped = x > 60.0f ? all_lanes(60.0f) : x;
