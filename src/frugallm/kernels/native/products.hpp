@@ -76,12 +76,15 @@ inline int32_t offset_of(const Linear& w) {
 
 void prepare_codes(const Linear& w, const float* x, RowBlock block, int m, Inputs& to) {
     alignas(64) int8_t codes[1024];
+    // Copies, for whatever is stored below could be a part of these.
     const int32_t times = w.zero_type == NONE ? -offset_of(w) : 1;
+    const int groups = w.groups, group = w.group, step = block.size;
     uint32_t* words = to.words + block.first * to.stride + m;
-    for (int g = 0; g < w.groups; g++) {
-        int64_t at = block.first * to.group_stride + int64_t(g) * block.size + m;
-        to.sums[at] = times * round_group(x + int64_t(g) * w.group, w.group, codes, to.scales + at);
-        for (int k = 0; k < w.group / 4; k++, words += block.size) *words = read<uint32_t>(codes + 4 * k);
+    float* scales = to.scales + block.first * to.group_stride + m;
+    int32_t* sums = to.sums + block.first * to.group_stride + m;
+    for (int g = 0; g < groups; g++, x += group, scales += step, sums += step) {
+        *sums = times * round_group(x, group, codes, scales);
+        for (int k = 0; k < group; k += 4, words += step) *words = read<uint32_t>(codes + k);
     }
 }
 
@@ -162,7 +165,8 @@ inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, in
     const int32_t* sums = in.sums + row * in.group_stride;
     const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
     const int32_t offset = offset_of(w);
-    UNROLL for (int m = 0; m < M; m++) acc[m] = v16{};
+    v16 total[M];  // in registers: what acc points to could be anything that is read here
+    UNROLL for (int m = 0; m < M; m++) total[m] = v16{};
     int64_t at = int64_t(tile) * w.groups * TILE;
     for (int g = 0; g < w.groups; g++, at += TILE, scales += M, sums += M) {
         i16 sum[M];
@@ -177,12 +181,13 @@ inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, in
             UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - offset * sums[m];
         }
         UNROLL for (int m = 0; m < M; m++)
-            acc[m] = acc[m] + __builtin_convertvector(sum[m], v16) * (scale * scales[m]);
+            total[m] = total[m] + __builtin_convertvector(sum[m], v16) * (scale * scales[m]);
         if (minima) {
             v16 least = numbers(w.zeros, at, w.zero_type);
-            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + least * (float(sums[m]) * scales[m]);
+            UNROLL for (int m = 0; m < M; m++) total[m] = total[m] + least * (float(sums[m]) * scales[m]);
         }
     }
+    UNROLL for (int m = 0; m < M; m++) acc[m] = total[m];
 }
 
 // acc[m] = (sum over even lines) + (sum over odd lines), a line at a time.
