@@ -99,6 +99,34 @@ def table(rows: list[Row], base: float) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
 
 
+def engines(result: dict[str, Any]) -> list[str]:
+    """Return the arms of ``engine_speed``: medians, tokens a second."""
+    header = [
+        "engine and model",
+        "reading 512 tokens",
+        "one answer",
+        "eight at once",
+        "first token of a process, s",
+        "peak, MB",
+        "KL, nats/token",
+    ]
+    lines = []
+    for name, arm in result["arms"].items():
+        rates = [f"{arm[key]['median']:,.0f}" for key in ("prefill", "decode", "batch")]
+        lines.append([name, *rates, f"{arm['start']['median']:.1f}", f"{arm['peak_bytes']['median'] / 1e6:,.0f}"])
+        kl = arm["on_engine"]["kl"] if "on_engine" in arm else arm.get("evaluation", {}).get("kl", {}).get("value")
+        lines[-1].append("not known" if kl is None else f"{kl:.4f}")
+    chosen, facts = result["setting"], result["facts"]
+    about = (
+        f"Tokens a second, medians of {chosen['repeats']} runs in turn; {chosen['threads']} threads of "
+        f"{facts['machine']['cpu']}; {facts['date'][:10]}, commit {facts['commit'][:10]}. The peak is a process's own "
+        "memory; weights that llama.cpp maps are not in it. KL of ours is that of the engine, inputs rounded; of "
+        "llama.cpp's files that of their values."
+    )
+    rows = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
+    return [*rows, "", about]
+
+
 #: Results that hold verdicts by target, with the subject that the target's words leave out.
 WITH_VERDICTS = {
     "gptq_vs_llmcompressor": "gptq: ",
@@ -199,7 +227,10 @@ def figures(folder: Path) -> tuple[str, str | None]:
         return NOTHING, None
     base = first["unquantized_perplexity"]
     sized = [row for row in rows if row.weights_bytes is not None]
-    lines = [*table(rows, base), "", setting(first), "", *in_short(targets(found))]
+    lines = [*table(rows, base), "", setting(first), ""]
+    if speed := found["engine_speed"]:
+        lines += [*engines(speed), ""]
+    lines += in_short(targets(found))
     if sized:
         lines += ["", f"![Quality against size](results/{PLOT})"]
     return "\n".join(lines), svg(sized, base) if sized else None
