@@ -113,8 +113,14 @@ def engines(result: dict[str, Any]) -> list[str]:
     lines = []
     for name, arm in result["arms"].items():
         rates = [f"{arm[key]['median']:,.0f}" for key in ("prefill", "decode", "batch")]
-        lines.append([name, *rates, f"{arm['start']['median']:.1f}", f"{arm['peak_bytes']['median'] / 1e6:,.0f}"])
-        kl = arm["on_engine"]["kl"] if "on_engine" in arm else arm.get("evaluation", {}).get("kl", {}).get("value")
+        lines.append(
+            [name, *rates, f"{arm['start']['median']:.1f}", f"{arm['peak_bytes']['median'] / 1e6:,.0f}"]
+        )
+        kl = (
+            arm["on_engine"]["kl"]
+            if "on_engine" in arm
+            else arm.get("evaluation", {}).get("kl", {}).get("value")
+        )
         lines[-1].append("not known" if kl is None else f"{kl:.4f}")
     chosen, facts = result["setting"], result["facts"]
     about = (

@@ -14,6 +14,7 @@ from frugallm.formats.decoded import Decoded
 from frugallm.formats.gguf_families import TANH_GELU
 from frugallm.formats.packed_folder import PackedFolder
 from frugallm.kernels.gguf_codes import gguf_codes
+from frugallm.kernels.memory import Room
 from frugallm.kernels.packing import Codes, PackedLinear, in_turns, joined, pack_weight, packable
 from frugallm.models.checkpoint import Checkpoint, meta_model
 from frugallm.models.family import Heads
@@ -161,12 +162,13 @@ def read_decoder(checkpoint: Checkpoint, positions: int | None = None) -> Decode
     config = checkpoint.config
     if reason := why_not(config):
         raise ModelError(f"{checkpoint.name}: {reason}", ELSEWHERE)
-    embedding = _table(checkpoint, checkpoint.family.embedding)
-    head = embedding if config.tie_word_embeddings else _table(checkpoint, checkpoint.family.head)
+    room = Room()
+    embedding = _table(checkpoint, checkpoint.family.embedding, room)
+    head = embedding if config.tie_word_embeddings else _table(checkpoint, checkpoint.family.head, room)
     plain, heads = meta_model(checkpoint), Heads.of(config)
     cos, sin = _rotations(checkpoint, plain, positions or config.max_position_embeddings)
     return Decoder(
-        layers=tuple(_layer(checkpoint, index) for index in range(config.num_hidden_layers)),
+        layers=tuple(_layer(checkpoint, index, room) for index in range(config.num_hidden_layers)),
         embedding=embedding,
         head=head,
         last_norm=_gain(checkpoint, checkpoint.family.final_norm),
@@ -221,7 +223,7 @@ def _gain(checkpoint: Checkpoint, path: str) -> Tensor:
     return checkpoint.family.gain_offset + checkpoint.tensor(f"{path}.weight").float()
 
 
-def _layer(checkpoint: Checkpoint, index: int) -> DecoderLayer:
+def _layer(checkpoint: Checkpoint, index: int, room: Room) -> DecoderLayer:
     block = checkpoint.family.block(index)
     names = set(checkpoint.names())
 
@@ -234,7 +236,7 @@ def _layer(checkpoint: Checkpoint, index: int) -> DecoderLayer:
             bias = torch.cat([torch.zeros(n) if b is None else b for n, b in zip(rows, biases)])
         if turns:
             weights, bias = in_turns(weights), None if bias is None else in_turns(bias)  # type: ignore[assignment]
-        return pack_weight(weights, bias)
+        return pack_weight(weights, bias).moved(room)
 
     def norm(path: str) -> Tensor | None:
         return _gain(checkpoint, f"{block}.{path}") if f"{block}.{path}.weight" in names else None
@@ -288,8 +290,8 @@ def _weight(checkpoint: Checkpoint, path: str) -> Codes | Tensor:
     return checkpoint.tensor(f"{path}.weight")
 
 
-def _table(checkpoint: Checkpoint, path: str) -> PackedLinear:
-    return pack_weight(_weight(checkpoint, path))
+def _table(checkpoint: Checkpoint, path: str, room: Room) -> PackedLinear:
+    return pack_weight(_weight(checkpoint, path)).moved(room)
 
 
 def _optional(checkpoint: Checkpoint, names: set[str], name: str) -> Tensor | None:

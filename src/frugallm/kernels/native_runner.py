@@ -11,6 +11,7 @@ from torch import Tensor
 from frugallm.errors import JobError, ParameterError
 from frugallm.kernels import library
 from frugallm.kernels.decoder import Decoder, DecoderLayer
+from frugallm.kernels.memory import in_large_pages
 from frugallm.kernels.operations import EPILOGUES
 from frugallm.kernels.packing import TILE
 
@@ -64,7 +65,9 @@ class NativeRunner:
         heads = decoder.heads
         padded = -(-heads.width // 16) * 16
         shape = (len(decoder.layers), blocks, heads.values * padded * BLOCK)
-        self._keys, self._values = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(2))
+        self._keys, self._values = (
+            in_large_pages(torch.zeros(shape, dtype=torch.bfloat16)) for _ in range(2)
+        )
         self._floats = [x.float().contiguous() for x in (decoder.last_norm, decoder.cos, decoder.sin)]
         self._layers = (library.Layer * len(decoder.layers))(
             *(_layer_struct(layer, *self._floats[1:]) for layer in decoder.layers)

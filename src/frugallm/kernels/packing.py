@@ -25,6 +25,7 @@ from torch import Tensor
 from frugallm.formats import levels
 from frugallm.formats.quantized_tensor import QuantizedTensor
 from frugallm.kernels import library
+from frugallm.kernels.memory import Room
 
 Kind = Literal["int4", "int8", "bf16", "float32"]
 KINDS = ("int4", "int8", "bf16", "float32")
@@ -110,6 +111,11 @@ class PackedLinear:
             groups=self.groups,
             tiles=self.tiles,
         )
+
+    def moved(self, room: Room) -> PackedLinear:
+        """Return the same in another place."""
+        parts = {name: getattr(self, name) for name in ("lines", "scales", "zeros", "bias")}
+        return replace(self, **{name: None if x is None else room.take(x) for name, x in parts.items()})
 
     def by_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return codes as they are stored (unsigned) or values ``(out, in)``, scales and zeros ``(out, groups)``."""
