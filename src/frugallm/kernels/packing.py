@@ -114,8 +114,10 @@ class PackedLinear:
 
     def moved(self, room: Room) -> PackedLinear:
         """Return the same in another place."""
-        parts = {name: getattr(self, name) for name in ("lines", "scales", "zeros", "bias")}
-        return replace(self, **{name: None if x is None else room.take(x) for name, x in parts.items()})
+        scales, zeros, bias = (
+            None if x is None else room.take(x) for x in (self.scales, self.zeros, self.bias)
+        )
+        return replace(self, lines=room.take(self.lines), scales=scales, zeros=zeros, bias=bias)
 
     def by_rows(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return codes as they are stored (unsigned) or values ``(out, in)``, scales and zeros ``(out, groups)``."""
