@@ -127,7 +127,7 @@ def engines(result: dict[str, Any]) -> list[str]:
         f"Tokens a second, medians of {chosen['repeats']} runs in turn; {chosen['threads']} threads of "
         f"{facts['machine']['cpu']}; {facts['date'][:10]}, commit {facts['commit'][:10]}. The peak is a process's own "
         "memory; weights that llama.cpp maps are not in it. KL of ours is that of the engine, inputs rounded; of "
-        "llama.cpp's files that of their values."
+        "llama.cpp's files, which `frugal export` wrote, that of their values."
     )
     rows = ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)]
     return [*rows, "", about]

@@ -1,6 +1,7 @@
 """Tensors in large pages are the same tensors."""
 
 import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,3 +39,24 @@ def test_advice_changes_no_value(size, known, monkeypatch):
     assert in_large_pages(x) is x and not x.any()
     x.fill_(7)
     assert bool((x == 7).all())
+
+
+def flags_at(address):
+    """Return what the system notes of the memory at an address."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, last = line.split()[0].partition("-")
+        if last:
+            here = int(first, 16) <= address < int(last, 16)
+        elif here and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no large pages"
+)
+def test_the_system_has_heard_the_advice():
+    x = in_large_pages(torch.zeros(40 * LARGE_PAGE, dtype=torch.uint8))
+    assert "hg" in flags_at(x.data_ptr() + LARGE_PAGE)
+    assert "hg" in flags_at(Room().take(torch.ones(5)).data_ptr())

@@ -165,8 +165,7 @@ inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, in
     const int32_t* sums = in.sums + row * in.group_stride;
     const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
     const int32_t offset = offset_of(w);
-    v16 total[M];  // in registers: what acc points to could be anything that is read here
-    UNROLL for (int m = 0; m < M; m++) total[m] = v16{};
+    UNROLL for (int m = 0; m < M; m++) acc[m] = v16{};
     int64_t at = int64_t(tile) * w.groups * TILE;
     for (int g = 0; g < w.groups; g++, at += TILE, scales += M, sums += M) {
         i16 sum[M];
@@ -181,13 +180,12 @@ inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, in
             UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - offset * sums[m];
         }
         UNROLL for (int m = 0; m < M; m++)
-            total[m] = total[m] + __builtin_convertvector(sum[m], v16) * (scale * scales[m]);
+            acc[m] = acc[m] + __builtin_convertvector(sum[m], v16) * (scale * scales[m]);
         if (minima) {
             v16 least = numbers(w.zeros, at, w.zero_type);
-            UNROLL for (int m = 0; m < M; m++) total[m] = total[m] + least * (float(sums[m]) * scales[m]);
+            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + least * (float(sums[m]) * scales[m]);
         }
     }
-    UNROLL for (int m = 0; m < M; m++) acc[m] = total[m];
 }
 
 // acc[m] = (sum over even lines) + (sum over odd lines), a line at a time.
