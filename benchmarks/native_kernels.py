@@ -8,8 +8,6 @@ and torch's product of int8 and of bf16. Writes ``results/native_kernels.json``.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,18 +21,6 @@ from harness import facts, table, write_result
 
 #: Weights that a case goes through in turn, so that none is found in the processor's cache.
 COLD_BYTES = 128 << 20
-
-
-def keep_memory() -> None:
-    """Let freed memory be used again at once, on both sides; a step of the engine keeps its own.
-
-    Otherwise every product of many rows waits for the system to hand out its result's pages anew, for as long as it takes
-    itself.
-    """
-    if sys.platform == "linux":
-        mapped, trimmed = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(mapped, 32 << 20)
-        ctypes.CDLL(None).mallopt(trimmed, 1 << 30)
 
 
 def cycle(items: list[Any]) -> Callable[[], Any]:
@@ -105,7 +91,6 @@ def main() -> None:
     parser.add_argument("--only", default="", help="a word of the cases' names")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_memory()
     limit = limits()
     rows: list[dict[str, Any]] = []
     for path in args.paths:

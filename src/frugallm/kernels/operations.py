@@ -45,7 +45,9 @@ def linear(
         gate, up = out.view(len(x), -1, 2, TILE).unbind(2)
         return reference.GATED[epilogue](gate, up).reshape(len(x), -1)
     rows, padded = len(x), w.groups * w.group
-    filled = torch.nn.functional.pad(x.float(), (0, padded - x.shape[1])).contiguous()
+    filled = x.float().contiguous()
+    if padded > x.shape[1]:  # torch's threads, busy for a while after a copy, would be in the way
+        filled = torch.nn.functional.pad(filled, (0, padded - x.shape[1]))
     words = torch.empty(rows, padded, dtype=torch.int32)
     scales, sums = torch.empty(rows, w.groups), torch.empty(rows, w.groups, dtype=torch.int32)
     columns = w.tiles * TILE // (1 if epilogue == "store" else 2)
