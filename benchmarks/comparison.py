@@ -164,9 +164,10 @@ TICK_X = f"""<path d="M{{x:.1f}} {TOP}V{BOTTOM}" stroke="#eee"/>
 TICK_Y = f"""<path d="M{LEFT} {{y:.1f}}H{RIGHT}" stroke="#eee"/>
 <text x="{LEFT - 8}" y="{{y:.1f}}" text-anchor="end" dominant-baseline="middle">{{words}}</text>"""
 POINT = """<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"><title>{name}</title></circle>
+<path d="M{x:.1f} {y:.1f}L{after:.1f} {line:.1f}" stroke="{color}" stroke-opacity="0.3"/>
 <text x="{after:.1f}" y="{line:.1f}" dominant-baseline="middle" font-size="10" fill="{color}">{number}</text>"""
 LEGEND = """<circle cx="{x}" cy="20" r="4" fill="{color}"/><text x="{after}" y="24">{name}</text>"""
-LABEL_SPACING, COLUMN = 10, 15  # labels of points in one column are kept apart
+LABEL_SPACING, COLUMN = 10, 14  # points no farther apart are a column; labels are to its right
 MOST_DEVIATION = 8.0  # nats; what is farther is drawn at the edge
 
 
@@ -195,15 +196,18 @@ def svg(points: list[Row]) -> str:
     corner = sorted((across(p.megabytes), up(p.kl)) for _, p in numbered if p.name in best)
     steps = "".join(f"H{x:.1f}V{y:.1f}" for x, y in corner[1:])
     parts.append(f'<path d="M{corner[0][0]:.1f} {corner[0][1]:.1f}{steps}" fill="none" stroke="#999"/>')
-    columns: dict[int, list[tuple[int, Row]]] = {}
-    for number, p in numbered:
-        columns.setdefault(round(across(p.megabytes) / COLUMN), []).append((number, p))
-    for column in columns.values():
+    columns: list[list[tuple[int, Row]]] = []
+    for number, p in sorted(numbered, key=lambda one: one[1].megabytes):
+        if not columns or across(p.megabytes) - across(columns[-1][-1][1].megabytes) > COLUMN:
+            columns.append([])
+        columns[-1].append((number, p))
+    for column in columns:
+        after = across(column[-1][1].megabytes) + 9
         column.sort(key=lambda one: up(one[1].kl))
         lines = spaced([up(p.kl) for _, p in column], LABEL_SPACING, BOTTOM)
         for (number, p), line in zip(column, lines, strict=True):
             x, look = across(p.megabytes), {"color": COLORS[p.side], "name": escape(p.name), "number": number}
-            parts.append(POINT.format(x=x, y=up(p.kl), after=x + 7, line=line, **look))
+            parts.append(POINT.format(x=x, y=up(p.kl), after=after, line=line, **look))
     sides = [side for side in COLORS if any(p.side == side for _, p in numbered)]
     for place, side in enumerate(sides):
         x = LEFT + 20 + min(160, (RIGHT - LEFT) // len(sides)) * place
