@@ -11,6 +11,8 @@ from torch import Tensor
 from frugallm.kernels import library, reference
 from frugallm.kernels.packing import TILE, PackedLinear
 
+#: Of a row of inputs that lie beside each other.
+WORDS = 16
 EPILOGUES = ("store", "add", "silu_mul", "gelu_mul")
 Gated = Literal["silu_mul", "gelu_mul"]
 
@@ -48,7 +50,7 @@ def linear(
     filled = x.float().contiguous()
     if padded > x.shape[1]:  # torch's threads, busy for a while after a copy, would be in the way
         filled = torch.nn.functional.pad(filled, (0, padded - x.shape[1]))
-    words = torch.empty(rows, padded, dtype=torch.int32)
+    words = torch.empty(rows, -(-padded // WORDS) * WORDS, dtype=torch.int32)
     scales, sums = torch.empty(rows, w.groups), torch.empty(rows, w.groups, dtype=torch.int32)
     columns = w.tiles * TILE // (1 if epilogue == "store" else 2)
     out = torch.empty(rows, columns)

@@ -77,8 +77,7 @@ API int frugal_step(Stepper* stepper, const Batch* batch) { return stepper->run(
 // x (rows, x_stride), each row with zeros up to whole groups; words, scales, sums: room for the rounded rows.
 API void frugal_linear(const Ops* ops, Pool* pool, const Linear* w, const float* x, int64_t x_stride, int64_t rows,
                        uint32_t* words, float* scales, int32_t* sums, float* out, int64_t out_stride, int epilogue) {
-    int64_t stride = int64_t(w->groups) * w->group / (w->kind == BF16 ? 2 : w->kind == F32 ? 1 : 4);
-    Product p{ops, w, x, x_stride, {words, scales, sums, stride, w->groups, rows}, out, out_stride, epilogue};
+    Product p{ops, w, x, x_stride, {words, scales, sums, words_of(*w), w->groups, rows}, out, out_stride, epilogue};
     pool->run(multiply, &p);
 }
 

@@ -27,15 +27,19 @@ inline void add_chunk(Partial& all, const Partial& chunk, int padded) {
 
 // Scores of N queries against B blocks of keys: sums over pairs of the head's dimensions, first to last.
 template <int N, int B>
-inline void scores_of(const Cache& c, const int32_t* table, const Query* q, float (*scores)[CHUNK], int at) {
+inline void scores_of(const Cache& c, const int32_t* table, int left, const Query* q, float (*scores)[CHUNK], int at) {
     v16 acc[B][N];
-    const uint16_t* keys[B];
+    const uint16_t *keys[B], *later[B], *values[B];  // blocks are too small for the processor to guess what comes next
     UNROLL for (int b = 0; b < B; b++) {
         keys[b] = c.keys + table[b] * c.block_stride;
+        values[b] = c.values + table[b] * c.block_stride;
+        later[b] = b + B < left ? c.keys + table[b + B] * c.block_stride : values[b];
         UNROLL for (int n = 0; n < N; n++) acc[b][n] = v16{};
     }
     for (int k = 0; k < c.padded / 2; k++) {
         UNROLL for (int b = 0; b < B; b++) {
+            __builtin_prefetch(later[b] + 32 * k);
+            __builtin_prefetch(values[b] + 32 * k);
             i16 line = load<i16>(keys[b] + 32 * k);
             UNROLL for (int n = 0; n < N; n++) acc[b][n] = dot2(acc[b][n], line, q[n].pairs[k]);
         }
@@ -112,8 +116,8 @@ void chunk_of(const Cache& c, const int32_t* table, const Query* q, int begin, P
     const int32_t* blocks = table + begin / BLOCK;
     int last = q[N - 1].position + 1 - begin, count = ((last < CHUNK ? last : CHUNK) + BLOCK - 1) / BLOCK, b = 0;
     constexpr int AT_ONCE = N <= 4 ? 4 : 2;  // as many sums at once as registers hold, for each waits for its last
-    for (; b + AT_ONCE <= count; b += AT_ONCE) scores_of<N, AT_ONCE>(c, blocks + b, q, scores, b * BLOCK);
-    for (; b < count; b++) scores_of<N, 1>(c, blocks + b, q, scores, b * BLOCK);
+    for (; b + AT_ONCE <= count; b += AT_ONCE) scores_of<N, AT_ONCE>(c, blocks + b, count - b, q, scores, b * BLOCK);
+    for (; b < count; b++) scores_of<N, 1>(c, blocks + b, count - b, q, scores, b * BLOCK);
     int seen[N];
     for (int n = 0; n < N; n++) {
         clear(parts[n], c.padded);

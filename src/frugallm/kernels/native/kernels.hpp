@@ -6,6 +6,7 @@
 namespace frugal {
 
 constexpr int TILE = 16;        // output rows in a tile: one lane each
+constexpr int WORDS = 16;       // of a row of inputs that lie beside each other
 constexpr int BLOCK = 16;       // tokens in a block of the cache
 constexpr int CHUNK = 256;      // positions whose attention is summed apart
 constexpr int QUERIES = 8;      // queries that attend together
@@ -28,13 +29,22 @@ struct Linear {
 };
 
 // Rows of activations in the form that a kind of weight reads: words of four int8 codes, two bf16 or one float32. Rows lie
-// in blocks of several (see RowBlock); word k of row m of a block of M that begins at row r is words[r * stride + k * M + m].
+// in blocks of several (see RowBlock), sixteen words of a row beside those of the next: row m of a block of M that begins at
+// row r has its word k at words[r * stride + k / 16 * 16 * M + 16 * m + k % 16].
 struct Inputs {
     uint32_t* words;
-    float* scales;  // by group, in the same blocks
+    float* scales;  // by group: number g of row m of that block is scales[r * group_stride + g * M + m]
     int32_t* sums;  // of the codes of a group; where weights have scales alone, times what these codes are to begin with
     int64_t stride, group_stride, rows;
 };
+
+inline int inputs_per_word(int kind) { return kind == BF16 ? 2 : kind == F32 ? 1 : 4; }
+inline int inputs_per_line(int kind) { return kind == INT4 ? 8 : inputs_per_word(kind); }
+
+// Words of a row as they lie in Inputs: whole sixteens.
+inline int64_t words_of(const Linear& w) {
+    return (int64_t(w.groups) * w.group / inputs_per_word(w.kind) + WORDS - 1) / WORDS * WORDS;
+}
 
 struct Query {
     const uint32_t* pairs;  // (padded head / 2): two bf16 each

@@ -14,6 +14,7 @@ constexpr int LARGEST = 12;
 #define FRUGAL_BLOCKS(X) X(4) X(2) X(1)
 constexpr int LARGEST = 4;
 #endif
+constexpr int AHEAD = 4096;  // bytes of weights between what is multiplied and what is fetched: memory takes that long
 constexpr int64_t CHUNK_BYTES = 256 << 10;  // weights that stay in the second cache while rows pass
 
 struct RowBlock {
@@ -40,18 +41,11 @@ inline RowBlock block_of(int64_t row, int64_t rows) {
     }
 }
 
-inline int inputs_per_word(int kind) { return kind == BF16 ? 2 : kind == F32 ? 1 : 4; }
-inline int inputs_per_line(int kind) { return kind == INT4 ? 8 : inputs_per_word(kind); }
+// Row m's sixteen words with the number k / 16, at word k, counted from the first of row 0 in a block of M rows.
+inline int64_t word_at(int64_t k, int m, int M) { return k / WORDS * WORDS * M + WORDS * m + k % WORDS; }
 
-inline i16 round_to(v16 v, float inverse, int8_t* codes, int count) {
-    i16 rounded = as_int(v * inverse + ROUND) - 0x4B400000;
-    b16 bytes = __builtin_convertvector(rounded, b16);
-    std::memcpy(codes, &bytes, count);
-    return rounded;
-}
-
-// Round one group to int8: largest magnitude on 127. Returns the sum of the codes.
-inline int32_t round_group(const float* x, int group, int8_t* codes, float* scale) {
+// Round one group to int8: largest magnitude on 127. Codes go to words from number k on; returns their sum.
+inline int32_t round_group(const float* x, int group, uint32_t* words, int64_t k, int M, float* scale) {
     const int whole = group / TILE * TILE;  // most groups have no rest, and copies of a known size are one instruction
     v16 rest = whole < group ? first_of(x + whole, group - whole) : v16{}, largest = max_of(rest, -rest);
     for (int i = 0; i < whole; i += TILE) {
@@ -63,8 +57,14 @@ inline int32_t round_group(const float* x, int group, int8_t* codes, float* scal
     float inverse = nothing ? 0.0f : 127.0f / top;
     *scale = nothing ? 0.0f : top / 127.0f;
     i16 sum{};
-    for (int i = 0; i < whole; i += TILE) sum = sum + round_to(load<v16>(x + i), inverse, codes + i, TILE);
-    if (whole < group) sum = sum + round_to(rest, inverse, codes + whole, group - whole);
+    auto round = [&](v16 v, int i, int count) {
+        i16 rounded = as_int(v * inverse + ROUND) - 0x4B400000;
+        b16 bytes = __builtin_convertvector(rounded, b16);
+        std::memcpy(words + word_at(k + i / 4, 0, M), &bytes, count);
+        sum = sum + rounded;
+    };
+    for (int i = 0; i < whole; i += TILE) round(load<v16>(x + i), i, TILE);
+    if (whole < group) round(rest, whole, group - whole);
     return sum_of(sum);
 }
 
@@ -75,17 +75,14 @@ inline int32_t offset_of(const Linear& w) {
 }
 
 void prepare_codes(const Linear& w, const float* x, RowBlock block, int m, Inputs& to) {
-    alignas(64) int8_t codes[1024];
     // Copies, for whatever is stored below could be a part of these.
     const int32_t times = w.zero_type == NONE ? -offset_of(w) : 1;
-    const int groups = w.groups, group = w.group, step = block.size;
-    uint32_t* words = to.words + block.first * to.stride + m;
+    const int groups = w.groups, group = w.group, M = block.size;
+    uint32_t* words = to.words + block.first * to.stride + WORDS * m;
     float* scales = to.scales + block.first * to.group_stride + m;
     int32_t* sums = to.sums + block.first * to.group_stride + m;
-    for (int g = 0; g < groups; g++, x += group, scales += step, sums += step) {
-        *sums = times * round_group(x, group, codes, scales);
-        for (int k = 0; k < group; k += 4, words += step) *words = read<uint32_t>(codes + k);
-    }
+    for (int g = 0; g < groups; g++)
+        sums[g * M] = times * round_group(x + g * group, group, words, int64_t(g) * (group / 4), M, scales + g * M);
 }
 
 void prepare(const Linear& w, const float* x, int64_t x_stride, int64_t first, int64_t last, Inputs& to) {
@@ -97,19 +94,19 @@ void prepare(const Linear& w, const float* x, int64_t x_stride, int64_t first, i
             prepare_codes(w, from, block, m, to);
             continue;
         }
-        uint32_t* words = to.words + block.first * to.stride + m;
+        uint32_t* words = to.words + block.first * to.stride;
         int64_t width = int64_t(w.groups) * w.group;
         if (w.kind == BF16)
-            for (int64_t k = 0; k < width; k += 2, words += block.size)
-                *words = bf16_of(from[k]) | uint32_t(bf16_of(from[k + 1])) << 16;
+            for (int64_t k = 0; k < width; k += 2)
+                words[word_at(k / 2, m, block.size)] = bf16_of(from[k]) | uint32_t(bf16_of(from[k + 1])) << 16;
         else
-            for (int64_t k = 0; k < width; k++, words += block.size) *words = read<uint32_t>(from + k);
+            for (int64_t k = 0; k < width; k++) words[word_at(k, m, block.size)] = read<uint32_t>(from + k);
     }
 }
 
-// Add the exact sums of products of a group's codes, sixteen rows by M rows of activations.
+// Add the exact sums of products of codes, sixteen rows by M rows of activations, whose words lie in one sixteen.
 template <int M, int KIND>
-inline void group_sums(const uint8_t* line, int lines, const uint32_t* x, i16* sum) {
+inline void add_sums(const uint8_t* line, int lines, const uint32_t* x, i16* sum) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
     __m256i first[M], second[M];  // rows 0 to 7 and 8 to 15
@@ -117,16 +114,17 @@ inline void group_sums(const uint8_t* line, int lines, const uint32_t* x, i16* s
         std::memcpy(first + m, sum + m, 32);
         std::memcpy(second + m, (char*)(sum + m) + 32, 32);
     }
-    for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 * M : M) {
+    for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 : 1) {
+        __builtin_prefetch(line + AHEAD);
         __m256i a = _mm256_loadu_si256((const __m256i*)line), b = _mm256_loadu_si256((const __m256i*)(line + 32));
         UNROLL for (int m = 0; m < M; m++) {
-            __m256i q = _mm256_set1_epi32(int32_t(x[m]));
+            __m256i q = _mm256_set1_epi32(int32_t(x[WORDS * m]));
             if (KIND == INT8) {
                 first[m] = _mm256_add_epi32(first[m], signed_dot4(a, q));
                 second[m] = _mm256_add_epi32(second[m], signed_dot4(b, q));
                 continue;
             }
-            __m256i r = _mm256_set1_epi32(int32_t(x[M + m]));  // four products of 15 * 127 fit into 16 bits
+            __m256i r = _mm256_set1_epi32(int32_t(x[WORDS * m + 1]));  // four products of 15 * 127 fit into 16 bits
             __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(a, nibble), q);
             __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), r);
             first[m] = _mm256_add_epi32(first[m], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
@@ -140,17 +138,16 @@ inline void group_sums(const uint8_t* line, int lines, const uint32_t* x, i16* s
         std::memcpy((char*)(sum + m) + 32, second + m, 32);
     }
 #else
-    for (int l = 0; l < lines; l++, line += 64) {
+    for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 : 1) {
+        __builtin_prefetch(line + AHEAD);
         i16 v = load<i16>(line);
         if (KIND == INT8) {
-            UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], v, x + m);
-            x += M;
+            UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], v, x + WORDS * m);
             continue;
         }
         i16 low = v & 0x0f0f0f0f, high = (v >> 4) & 0x0f0f0f0f;
-        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], low, x + m);
-        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], high, x + M + m);
-        x += 2 * M;
+        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], low, x + WORDS * m);
+        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], high, x + WORDS * m + 1);
     }
 #endif
 }
@@ -158,8 +155,9 @@ inline void group_sums(const uint8_t* line, int lines, const uint32_t* x, i16* s
 // acc[m] = sum over groups, first to last, of (scale of the row's weights * scale of the inputs) * (exact sum of products).
 template <int M, int KIND>
 inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, int tile, v16* acc) {
-    const int lines = w.group / (KIND == INT4 ? 8 : 4);
-    const uint8_t* line = w.lines + int64_t(tile) * w.groups * lines * 64;
+    constexpr int words = KIND == INT4 ? 2 : 1;  // of a line
+    const int each = w.group / 4;
+    const uint8_t* line = w.lines + int64_t(tile) * w.groups * (each / words) * 64;
     const uint32_t* x = in.words + row * in.stride;
     const float* scales = in.scales + row * in.group_stride;
     const int32_t* sums = in.sums + row * in.group_stride;
@@ -170,8 +168,12 @@ inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, in
     for (int g = 0; g < w.groups; g++, at += TILE, scales += M, sums += M) {
         i16 sum[M];
         UNROLL for (int m = 0; m < M; m++) sum[m] = w.zero_type == NONE ? all_int(sums[m]) : i16{};
-        group_sums<M, KIND>(line, lines, x, sum);
-        line += lines * 64, x += w.group / 4 * M;
+        for (int k = g * each, next; k < (g + 1) * each; k = next) {
+            next = k / WORDS * WORDS + WORDS;
+            next = next < (g + 1) * each ? next : (g + 1) * each;
+            add_sums<M, KIND>(line, (next - k) / words, x + word_at(k, 0, M), sum);
+            line += (next - k) / words * 64;
+        }
         v16 scale = numbers(w.scales, at, w.scale_type);
         if (w.zero_type == NUM_INT8) {
             i16 zero = __builtin_convertvector(load<b16>((const int8_t*)w.zeros + at), i16) + offset;
@@ -196,14 +198,16 @@ inline void products_of_floats(const Linear& w, const Inputs& in, int64_t row, i
     const uint32_t* x = in.words + row * in.stride;
     v16 odd[M];
     UNROLL for (int m = 0; m < M; m++) acc[m] = odd[m] = v16{};
-    for (int64_t l = 0; l < lines; l += 2, line += 128, x += 2 * M) {
+    for (int64_t l = 0; l < lines; l += 2, line += 128) {
+        const uint32_t* words = x + word_at(l, 0, M);
+        __builtin_prefetch(line + AHEAD), __builtin_prefetch(line + AHEAD + 64);
         i16 first = load<i16>(line), second = load<i16>(line + 64);
         if (KIND == BF16) {
-            UNROLL for (int m = 0; m < M; m++) acc[m] = dot2(acc[m], first, x[m]);
-            UNROLL for (int m = 0; m < M; m++) odd[m] = dot2(odd[m], second, x[M + m]);
+            UNROLL for (int m = 0; m < M; m++) acc[m] = dot2(acc[m], first, words[WORDS * m]);
+            UNROLL for (int m = 0; m < M; m++) odd[m] = dot2(odd[m], second, words[WORDS * m + 1]);
         } else {
-            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + as_float(first) * read<float>(x + m);
-            UNROLL for (int m = 0; m < M; m++) odd[m] = odd[m] + as_float(second) * read<float>(x + M + m);
+            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + as_float(first) * read<float>(words + WORDS * m);
+            UNROLL for (int m = 0; m < M; m++) odd[m] = odd[m] + as_float(second) * read<float>(words + WORDS * m + 1);
         }
     }
     UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + odd[m];

@@ -10,12 +10,9 @@ namespace frugal {
 
 namespace {
 
-constexpr int ALONE = 2;  // rows that every thread rounds for itself, which is cheaper than to wait for another
+constexpr int ALONE = 8;  // rows that every thread rounds for itself, which is cheaper than to wait for another
 
 int64_t rounded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-int64_t words_of(const Linear& w) {
-    return int64_t(w.groups) * w.group / (w.kind == BF16 ? 2 : w.kind == F32 ? 1 : 4);
-}
 
 class Buffer {  // aligned, zeroed when it grows
 public:
