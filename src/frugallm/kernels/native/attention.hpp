@@ -16,6 +16,11 @@ inline void clear(Partial& part, int padded) {
 
 inline void add_chunk(Partial& all, const Partial& chunk, int padded) {
     if (!(chunk.largest > NOTHING)) return;
+    if (!(all.largest > NOTHING)) {
+        all.largest = chunk.largest, all.total = chunk.total;
+        std::memcpy(all.values, chunk.values, sizeof(float) * padded);
+        return;
+    }
     float largest = all.largest > chunk.largest ? all.largest : chunk.largest;
     v16 powers = exp_of(v16{all.largest - largest, chunk.largest - largest});
     v16 before = all_lanes(powers[0]), now = all_lanes(powers[1]);
@@ -87,26 +92,41 @@ inline void half_pair(const Cache& c, const int32_t* table, int j, uint32_t weig
     }
 }
 
-// Turn scores into weights, bf16 in pairs; returns how many slots of the chunk the query sees.
-inline int weigh(const Cache& c, float* scores, int begin, int position, uint32_t* weights, Partial& part) {
-    int seen = position + 1 - begin < CHUNK ? position + 1 - begin : CHUNK;
-    int hidden = c.window > 0 && position + 1 - c.window > begin ? position + 1 - c.window - begin : 0;
-    for (int i = 0; i < hidden && i < seen; i++) scores[i] = NOTHING;
-    for (int i = seen; i < (seen + 15) / 16 * 16; i++) scores[i] = NOTHING;
-    v16 largest = all_lanes(NOTHING);
-    for (int i = 0; i < seen; i += 16) largest = max_of(largest, load<v16>(scores + i));
-    part.largest = largest_of(largest);
-    v16 total{};
-    for (int i = 0; i < seen; i += 16) {
-        v16 weight = exp_here(load<v16>(scores + i) - part.largest);
-        u16 bits = (u16)weight;
-        bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;  // to bf16: what is summed is what is multiplied
-        total = total + (v16)bits;
-        h16 halves = __builtin_convertvector(bits >> 16, h16);
-        store(weights + i / 2, halves);
+constexpr i16 LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Hide what lies in the vectors from `first` on and is outside of begin <= slot < end.
+inline void hide(float* scores, int first, int count, int begin, int end) {
+    for (int i = first; i < count; i += TILE) {
+        i16 slot = LANES + i;
+        store(scores + i, (slot >= begin) & (slot < end) ? load<v16>(scores + i) : all_lanes(NOTHING));
     }
-    part.total = sum_of(total);
-    return seen;
+}
+
+// Turn scores of `count` slots, of which each query sees those below seen[n], into weights, bf16 in pairs.
+template <int N>
+inline void weigh(const Cache& c, float (*scores)[CHUNK], int begin, const Query* q, const int* seen, int count,
+                  uint32_t (*weights)[CHUNK / 2], Partial* parts) {
+    for (int n = 0; n < N; n++) {
+        int hidden = c.window > 0 ? q[n].position + 1 - c.window - begin : 0;
+        hide(scores[n], hidden > 0 ? 0 : seen[n] / TILE * TILE, count, hidden, seen[n]);
+    }
+    v16 largest[N];
+    UNROLL for (int n = 0; n < N; n++) largest[n] = load<v16>(scores[n]);
+    for (int i = TILE; i < count; i += TILE) {
+        UNROLL for (int n = 0; n < N; n++) largest[n] = max_of(largest[n], load<v16>(scores[n] + i));
+    }
+    for (int n = 0; n < N; n++) {
+        float top = parts[n].largest = largest_of(largest[n]);
+        v16 total{};
+        for (int i = 0; i < count; i += TILE) {
+            v16 weight = exp_here(load<v16>(scores[n] + i) - top);
+            u16 bits = (u16)weight;
+            bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;  // to bf16: what is summed is what is multiplied
+            total = total + (v16)bits;
+            store(weights[n] + i / 2, __builtin_convertvector(bits >> 16, h16));
+        }
+        parts[n].total = sum_of(total);
+    }
 }
 
 template <int N>
@@ -121,8 +141,9 @@ void chunk_of(const Cache& c, const int32_t* table, const Query* q, int begin, P
     int seen[N];
     for (int n = 0; n < N; n++) {
         clear(parts[n], c.padded);
-        seen[n] = weigh(c, scores[n], begin, q[n].position, weights[n], parts[n]);
+        seen[n] = q[n].position + 1 - begin < CHUNK ? q[n].position + 1 - begin : CHUNK;
     }
+    weigh<N>(c, scores, begin, q, seen, count * BLOCK, weights, parts);
     int common = seen[0] / 2;  // positions ascend, so the first query sees least
     values_of<N>(c, blocks, 0, common, weights, parts);
     for (int n = 0; n < N; n++) {

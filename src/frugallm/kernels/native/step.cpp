@@ -68,8 +68,28 @@ Fault check(const Model& m, const Batch& b) {
     return FINE;
 }
 
-struct Item {  // queries of one sequence that attend together
-    int32_t sequence, first, last;
+struct Item {  // queries of one sequence that attend together; row of what they give: that of the first
+    int32_t sequence, first, last, row;
+};
+
+struct Items {
+    std::vector<Item> all;
+    int chunks = 1;  // of the longest text, if threads share them; else 1
+};
+
+// The residual stream of some tokens: one that threads share, or, where every thread norms for itself, a copy for each.
+struct Stream {
+    int64_t rows = 0;
+    bool each = false;
+    Buffer shared;
+    std::vector<Buffer> copies;
+    explicit Stream(int threads) : copies(threads) {}
+    void reserve(int64_t count, int64_t width, bool apart) {
+        rows = count, each = apart && count <= ALONE;
+        shared.get<float>(count * width);
+        for (auto& copy : copies) copy.get<float>(each ? count * width : 0);
+    }
+    float* of(int thread) { return (each ? copies[size_t(thread)] : shared).get<float>(0); }
 };
 
 }  // namespace
@@ -83,17 +103,17 @@ struct Stepper::Work {
     int64_t words, groups;                       // the most of any weight
     int padded;
     bool apart;  // whether what a sublayer gives is normed before it is added
-    Buffer stream_, normed_, qkv_, attended_, given_, inner_, pairs_, gathered_, partials_;
-    float *stream, *normed, *qkv, *mixed, *given, *gated, *gathered;
+    Buffer normed_, qkv_, attended_, given_, inner_, pairs_, partials_;
+    float *normed, *qkv, *mixed, *given, *gated;
     uint16_t* pairs;
     std::vector<InputBuffers> inputs;  // the first is everybody's, the others one thread's
-    std::vector<Buffer> own, streams;  // one thread's normed rows, and its copy of the stream
-    std::vector<Item> items;
+    std::vector<Buffer> own;           // one thread's normed rows
+    Stream stream, wanted;  // of all tokens; of those whose logits are wanted, as nobody asks for others behind the last cache
+    Items items, wanted_items;
     Partial* partials;
-    int chunks;  // of the longest text, if threads share them; else 1
 
     Work(const Ops& o, Pool& p, const Model& model)
-        : ops(o), pool(p), m(model), inputs(p.size() + 1), own(p.size()), streams(p.size()) {
+        : ops(o), pool(p), m(model), inputs(p.size() + 1), own(p.size()), stream(p.size()), wanted(p.size()) {
         apart = m.count > 0 && m.layers[0].output_norm != nullptr;
         hidden = room(m.hidden), attended = room(m.heads * m.head_dim), inner = room(m.inner);
         projected = rounded((m.heads + 2 * m.key_heads) * m.head_dim, 16) + 16;
@@ -113,13 +133,14 @@ struct Stepper::Work {
     void times(const Linear& w, float* x, int64_t x_stride, int64_t rows, float* out, int64_t out_stride, int epilogue,
                int thread, const float* norm = nullptr, const float* waiting = nullptr);
     void add(const float* gain, int64_t row, float* x, float* room);
-    bool stream_each() const { return apart && batch.count <= ALONE; }
-    float* stream_of(int thread) { return stream_each() ? streams[thread].get<float>(0) : stream; }
+    void add_items(Items& to, int sequence, int first, int last, int row);
+    void share_chunks(Items& of, int longest);
+    void take_wanted(int thread);
     void place(const Layer& layer, const Cache& cache, int thread);
     int queries_of(const Item& item, int key_head, int first, Query* queries) const;
     const int32_t* table_of(const Item& item) const { return batch.tables + int64_t(item.sequence) * batch.table_width; }
-    void attend(const Cache& cache, int thread);
-    void attend_by_chunks(const Cache& cache, int thread);
+    void attend(const Cache& cache, const Items& items, int thread);
+    void attend_by_chunks(const Cache& cache, const Items& items, int thread);
     void logits(int thread);
     Cache cache_of(int layer) const;
     Cache head_of(Cache cache, int head) const {
@@ -130,27 +151,38 @@ struct Stepper::Work {
 
 void Stepper::Work::begin(const Batch& b) {
     batch = b;
-    stream = stream_.get<float>(b.count * hidden), qkv = qkv_.get<float>(b.count * projected);
-    mixed = attended_.get<float>(b.count * attended), gated = inner_.get<float>(b.count * inner);
-    normed = normed_.get<float>(std::max(b.count, b.rows) * hidden);
+    stream.reserve(b.count, hidden, apart), wanted.reserve(b.rows, hidden, apart);
+    int64_t most = std::max(b.count, b.rows);
+    qkv = qkv_.get<float>(b.count * projected), normed = normed_.get<float>(most * hidden);
+    mixed = attended_.get<float>(most * attended), gated = inner_.get<float>(most * inner);
     pairs = pairs_.get<uint16_t>(int64_t(b.count) * m.heads * padded);
+    given = given_.get<float>(apart ? most * hidden : 0);
     for (auto& buffer : own) buffer.get<float>(ALONE * hidden);
-    if (apart) {
-        given = given_.get<float>(b.count * hidden);
-        for (auto& buffer : streams) buffer.get<float>(ALONE * hidden);
+    for (auto& buffers : inputs) buffers.reserve(&buffers == &inputs[0] ? std::max<int64_t>(ALONE, most) : ALONE, words, groups);
+    items.all.clear(), wanted_items.all.clear();
+    for (int s = 0; s < b.sequences; s++) add_items(items, s, b.starts[s], b.starts[s + 1], b.starts[s]);
+    int longest = 0;
+    for (int r = 0; r < b.rows; r++) {
+        int t = b.wanted[r], sequence = int(std::upper_bound(b.starts, b.starts + b.sequences, t) - b.starts) - 1;
+        add_items(wanted_items, sequence, t, t + 1, r);
+        longest = std::max(longest, b.positions[t]);
     }
-    gathered = gathered_.get<float>(b.rows * hidden);
-    for (auto& buffers : inputs)
-        buffers.reserve(std::max(ALONE, &buffers == &inputs[0] ? std::max(b.count, b.rows) : 0), words, groups);
-    int group = m.heads / m.key_heads, tokens = std::max(1, QUERIES / group);
-    items.clear();
-    for (int s = 0; s < b.sequences; s++)
-        for (int t = b.starts[s]; t < b.starts[s + 1]; t += tokens)
-            items.push_back({s, t, std::min(t + tokens, b.starts[s + 1])});
-    int longest = *std::max_element(b.positions, b.positions + b.count);
-    bool few = int64_t(items.size()) * m.key_heads < 4 * pool.size() && pool.size() > 1 && group <= QUERIES;
-    chunks = few ? longest / CHUNK + 1 : 1;
-    partials = partials_.get<Partial>(chunks > 1 ? int64_t(items.size()) * m.key_heads * chunks * QUERIES : 0);
+    share_chunks(items, *std::max_element(b.positions, b.positions + b.count));
+    share_chunks(wanted_items, longest);
+    auto room_of = [&](const Items& of) { return of.chunks > 1 ? int64_t(of.all.size()) * m.key_heads * of.chunks * QUERIES : 0; };
+    partials = partials_.get<Partial>(std::max(room_of(items), room_of(wanted_items)));
+}
+
+// Tokens from first to last of a sequence, as many at once as attend together.
+void Stepper::Work::add_items(Items& to, int sequence, int first, int last, int row) {
+    int tokens = std::max(1, QUERIES / (m.heads / m.key_heads));
+    for (int t = first; t < last; t += tokens) to.all.push_back({sequence, t, std::min(t + tokens, last), row + t - first});
+}
+
+// Where there are few heads for many threads.
+void Stepper::Work::share_chunks(Items& of, int longest) {
+    bool few = int64_t(of.all.size()) * m.key_heads < 4 * pool.size();
+    of.chunks = few && pool.size() > 1 && m.heads / m.key_heads <= QUERIES ? longest / CHUNK + 1 : 1;
 }
 
 Cache Stepper::Work::cache_of(int layer) const {
@@ -216,18 +248,18 @@ int Stepper::Work::queries_of(const Item& item, int key_head, int first, Query* 
     int group = m.heads / m.key_heads, all = (item.last - item.first) * group, count = 0;
     for (int i = first; i < all && count < QUERIES; i++) {
         int64_t t = item.first + i / group, head = key_head * group + i % group;
-        queries[count++] = {(const uint32_t*)(pairs + (t * m.heads + head) * padded), mixed + t * attended + head * m.head_dim,
-                            batch.positions[t]};
+        float* out = mixed + (item.row + i / group) * attended + head * m.head_dim;
+        queries[count++] = {(const uint32_t*)(pairs + (t * m.heads + head) * padded), out, batch.positions[t]};
     }
     return count;
 }
 
-void Stepper::Work::attend(const Cache& cache, int thread) {
-    if (chunks > 1) return attend_by_chunks(cache, thread);
+void Stepper::Work::attend(const Cache& cache, const Items& items, int thread) {
+    if (items.chunks > 1) return attend_by_chunks(cache, items, thread);
     Query queries[QUERIES];
     // Strided, as later items of a sequence see more.
-    for (int64_t i = thread; i < int64_t(items.size()) * m.key_heads; i += pool.size()) {
-        const Item& item = items[size_t(i / m.key_heads)];
+    for (int64_t i = thread; i < int64_t(items.all.size()) * m.key_heads; i += pool.size()) {
+        const Item& item = items.all[size_t(i / m.key_heads)];
         int key_head = int(i % m.key_heads), count = 0;
         for (int first = 0; (count = queries_of(item, key_head, first, queries)) > 0; first += count)
             ops.attend(head_of(cache, key_head), table_of(item), queries, count);
@@ -235,12 +267,13 @@ void Stepper::Work::attend(const Cache& cache, int thread) {
 }
 
 // The same where there are few heads for many threads and long texts: threads share the chunks.
-void Stepper::Work::attend_by_chunks(const Cache& cache, int thread) {
-    int64_t pairs_of = int64_t(items.size()) * m.key_heads;
+void Stepper::Work::attend_by_chunks(const Cache& cache, const Items& items, int thread) {
+    const int chunks = items.chunks;
+    int64_t pairs_of = int64_t(items.all.size()) * m.key_heads;
     Query queries[QUERIES];
     for (int64_t i = thread; i < pairs_of * chunks; i += pool.size()) {
         int64_t unit = i / chunks, begin = i % chunks * CHUNK;
-        const Item& item = items[size_t(unit / m.key_heads)];
+        const Item& item = items.all[size_t(unit / m.key_heads)];
         int key_head = int(unit % m.key_heads), count = queries_of(item, key_head, 0, queries);
         if (cache.window > 0 && begin + CHUNK <= queries[0].position + 1 - cache.window) {
             for (int n = 0; n < count; n++) partials[i * QUERIES + n].largest = -__builtin_inff();  // out of everybody's sight
@@ -250,58 +283,56 @@ void Stepper::Work::attend_by_chunks(const Cache& cache, int thread) {
     }
     pool.barrier();
     for (int64_t unit = thread; unit < pairs_of; unit += pool.size()) {
-        int count = queries_of(items[size_t(unit / m.key_heads)], int(unit % m.key_heads), 0, queries);
+        int count = queries_of(items.all[size_t(unit / m.key_heads)], int(unit % m.key_heads), 0, queries);
         ops.join(cache, queries, count, partials + unit * chunks * QUERIES, chunks);
     }
 }
 
 void Stepper::Work::layer(int index, int thread) {
     const Layer& l = m.layers[index];
+    const bool last = index == m.count - 1;
     Cache cache = cache_of(index);
-    float *x = stream_of(thread), *to = apart ? given : stream;
-    const int how = apart ? STORE : ADD;
-    times(l.qkv, x, hidden, batch.count, qkv, projected, STORE, thread, l.norm, index > 0 ? (&l)[-1].down_norm : nullptr);
+    times(l.qkv, stream.of(thread), hidden, stream.rows, qkv, projected, STORE, thread, l.norm,
+          index > 0 ? (&l)[-1].down_norm : nullptr);
     pool.barrier();
     place(l, cache, thread);
     pool.barrier();
-    attend(cache, thread);
+    Stream& rest = last ? wanted : stream;
+    if (rest.rows == 0) return;
+    attend(cache, last ? wanted_items : items, thread);
+    if (last) take_wanted(thread);
     pool.barrier();
-    times(l.output, mixed, attended, batch.count, to, hidden, how, thread);
+    float *x = rest.of(thread), *to = apart ? given : x;
+    const int how = apart ? STORE : ADD;
+    times(l.output, mixed, attended, rest.rows, to, hidden, how, thread);
     pool.barrier();
-    times(l.gate_up, x, hidden, batch.count, gated, inner, m.activation, thread, l.second_norm, l.output_norm);
+    times(l.gate_up, x, hidden, rest.rows, gated, inner, m.activation, thread, l.second_norm, l.output_norm);
     pool.barrier();
-    times(l.down, gated, inner, batch.count, to, hidden, how, thread);
+    times(l.down, gated, inner, rest.rows, to, hidden, how, thread);
     pool.barrier();
 }
 
-void Stepper::Work::logits(int thread) {
-    if (batch.rows == 0) return;
-    Range mine = share(batch.rows, thread, pool.size());
-    const float* x = stream_of(thread);
+void Stepper::Work::take_wanted(int thread) {
+    Range mine = wanted.each ? Range{0, wanted.rows} : share(wanted.rows, thread, pool.size());
+    const float* from = stream.of(thread);
+    float* to = wanted.of(thread);
     for (int64_t r = mine.first; r < mine.last; r++)
-        std::memcpy(gathered + r * hidden, x + int64_t(batch.wanted[r]) * hidden, sizeof(float) * m.hidden);
-    pool.barrier();
-    times(m.head, gathered, hidden, batch.rows, batch.logits, int64_t(m.head.tiles) * TILE, STORE, thread, m.last_norm);
+        std::memcpy(to + r * hidden, from + int64_t(batch.wanted[r]) * hidden, sizeof(float) * m.hidden);
 }
 
 void Stepper::Work::all(int thread) {
-    Range mine = stream_each() ? Range{0, batch.count} : share(batch.count, thread, pool.size());
-    float* x = stream_of(thread);
+    Range mine = stream.each ? Range{0, stream.rows} : share(stream.rows, thread, pool.size());
     for (int64_t t = mine.first; t < mine.last; t++) {
-        float* row = x + t * hidden;
+        float* row = stream.of(thread) + t * hidden;
         ops.embed(m.embedding, batch.tokens[t], row);
         if (m.embed_scale != 1.0f)
             for (int i = 0; i < m.hidden; i++) row[i] = row[i] * m.embed_scale;
     }
     pool.barrier();
     for (int index = 0; index < m.count; index++) layer(index, thread);
-    if (apart) {
-        const float* gain = m.layers[m.count - 1].down_norm;
-        float* room = stream_each() ? own[thread].get<float>(0) : normed;
-        for (int64_t t = mine.first; t < mine.last; t++) add(gain, t, x + t * hidden, room + t * hidden);
-        if (!stream_each()) pool.barrier();
-    }
-    logits(thread);
+    if (wanted.rows == 0) return;
+    times(m.head, wanted.of(thread), hidden, wanted.rows, batch.logits, int64_t(m.head.tiles) * TILE, STORE, thread, m.last_norm,
+          apart ? m.layers[m.count - 1].down_norm : nullptr);
 }
 
 Stepper::Stepper(const Ops& ops, Pool& pool, const Model& model) : work_(new Work(ops, pool, model)), pool_(pool) {}
