@@ -127,6 +127,32 @@ def test_neither_chunks_nor_neighbours_nor_threads_nor_blocks_change_a_bit(path,
     assert torch.equal(together, torch.cat(expected))
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("wanted", [[36], [73, 3, 3, 36], list(range(73, 50, -1))], ids=["one", "some", "many"])
+def test_the_last_layer_computes_what_is_wanted_in_any_order(kind, threads, wanted):
+    runner = NativeRunner(read_decoder(InMemory(tiny(kind))), blocks=12, threads=threads)
+    some, places = texts(2).flatten(), torch.arange(LENGTH, dtype=torch.int32).repeat(2)
+    tables = numbers(0, 1, 2, 3, 4, 5).view(2, 3)
+    step = some, places, numbers(0, LENGTH, 2 * LENGTH), tables
+    everything = runner.step(*step, torch.arange(2 * LENGTH, dtype=torch.int32))
+    assert torch.equal(runner.step(*step, numbers(*wanted)), everything[wanted])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("chunk", [5, 20])
+def test_a_part_of_a_prompt_of_which_nothing_is_wanted_fills_the_cache(kind, chunk):
+    runner = NativeRunner(read_decoder(InMemory(tiny(kind))), blocks=6, threads=2)
+    [text], table, nothing = texts(1), numbers(2, 4, 1)[None], torch.empty(0, dtype=torch.int32)
+    expected = one_text(runner, text, LENGTH, numbers(0, 3, 5))[-1]
+    for start in range(0, LENGTH - 1, chunk):
+        some = text[start : min(start + chunk, LENGTH - 1)]
+        places = torch.arange(start, start + len(some), dtype=torch.int32)
+        assert runner.step(some, places, numbers(0, len(some)), table, nothing).shape == (0, 70)
+    last = text[-1:], numbers(LENGTH - 1), numbers(0, 1), table, numbers(0)
+    assert torch.equal(runner.step(*last)[0], expected)
+
+
 def test_a_long_text_passes_chunks_of_the_cache():
     model = tiny("llama")
     tokens = texts(1, 600)[0]
