@@ -129,7 +129,9 @@ def test_neither_chunks_nor_neighbours_nor_threads_nor_blocks_change_a_bit(path,
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("wanted", [[36], [73, 3, 3, 36], list(range(73, 50, -1))], ids=["one", "some", "many"])
+@pytest.mark.parametrize(
+    "wanted", [[36], [73, 3, 3, 36], list(range(73, 50, -1))], ids=["one", "some", "many"]
+)
 def test_the_last_layer_computes_what_is_wanted_in_any_order(kind, threads, wanted):
     runner = NativeRunner(read_decoder(InMemory(tiny(kind))), blocks=12, threads=threads)
     some, places = texts(2).flatten(), torch.arange(LENGTH, dtype=torch.int32).repeat(2)
