@@ -33,44 +33,48 @@ inline void add_chunk(Partial& all, const Partial& chunk, int padded) {
 // Scores of N queries against B blocks of keys: sums over pairs of the head's dimensions, first to last.
 template <int N, int B>
 inline void scores_of(const Cache& c, const int32_t* table, int left, const Query* q, float (*scores)[CHUNK], int at) {
-    v16 acc[B][N];
     const uint16_t *keys[B], *later[B], *values[B];  // blocks are too small for the processor to guess what comes next
     UNROLL for (int b = 0; b < B; b++) {
         keys[b] = c.keys + table[b] * c.block_stride;
         values[b] = c.values + table[b] * c.block_stride;
         later[b] = b + B < left ? c.keys + table[b + B] * c.block_stride : values[b];
-        UNROLL for (int n = 0; n < N; n++) acc[b][n] = v16{};
     }
-    for (int k = 0; k < c.padded / 2; k++) {
+    for (int lane = 0; lane < 16; lane += WIDTH) {
+        vreg acc[B][N];
         UNROLL for (int b = 0; b < B; b++) {
-            __builtin_prefetch(later[b] + 32 * k);
-            __builtin_prefetch(values[b] + 32 * k);
-            i16 line = load<i16>(keys[b] + 32 * k);
-            UNROLL for (int n = 0; n < N; n++) acc[b][n] = dot2(acc[b][n], line, q[n].pairs[k]);
+            UNROLL for (int n = 0; n < N; n++) acc[b][n] = vreg{};
         }
-    }
-    UNROLL for (int b = 0; b < B; b++) {
-        UNROLL for (int n = 0; n < N; n++) store(scores[n] + at + 16 * b, acc[b][n] * c.scale);
+        for (int k = 0; k < c.padded / 2; k++) {
+            UNROLL for (int b = 0; b < B; b++) {
+                __builtin_prefetch(later[b] + 32 * k);
+                __builtin_prefetch(values[b] + 32 * k);
+                ireg line = load<ireg>(keys[b] + 32 * k + 2 * lane);
+                UNROLL for (int n = 0; n < N; n++) acc[b][n] = dot2(acc[b][n], line, q[n].pairs[k]);
+            }
+        }
+        UNROLL for (int b = 0; b < B; b++) {
+            UNROLL for (int n = 0; n < N; n++) store(scores[n] + at + 16 * b + lane, acc[b][n] * c.scale);
+        }
     }
 }
 
-// Weighted sums of the values of pairs of slots, first to last, D times sixteen dimensions at once.
+// Weighted sums of the values of pairs of slots, first to last, D registers of dimensions at once.
 template <int N, int D>
 inline void values_at(const Cache& c, const int32_t* table, int first, int last, const uint32_t (*weights)[CHUNK / 2],
                       Partial* parts, int d) {
-    v16 acc[D][N];
+    vreg acc[D][N];
     UNROLL for (int i = 0; i < D; i++) {
-        UNROLL for (int n = 0; n < N; n++) acc[i][n] = load<v16>(parts[n].values + d + 16 * i);
+        UNROLL for (int n = 0; n < N; n++) acc[i][n] = load<vreg>(parts[n].values + d + WIDTH * i);
     }
     for (int j = first; j < last; j++) {
         const uint16_t* pair = c.values + table[j / 8] * c.block_stride + (j % 8) * 2 * c.padded + 2 * d;
         UNROLL for (int i = 0; i < D; i++) {
-            i16 line = load<i16>(pair + 32 * i);
+            ireg line = load<ireg>(pair + 2 * WIDTH * i);
             UNROLL for (int n = 0; n < N; n++) acc[i][n] = dot2(acc[i][n], line, weights[n][j]);
         }
     }
     UNROLL for (int i = 0; i < D; i++) {
-        UNROLL for (int n = 0; n < N; n++) store(parts[n].values + d + 16 * i, acc[i][n]);
+        UNROLL for (int n = 0; n < N; n++) store(parts[n].values + d + WIDTH * i, acc[i][n]);
     }
 }
 
@@ -79,16 +83,16 @@ inline void values_of(const Cache& c, const int32_t* table, int first, int last,
                       Partial* parts) {
     constexpr int D = N <= 4 ? 4 : 2;
     int d = 0;
-    for (; d + 16 * D <= c.padded; d += 16 * D) values_at<N, D>(c, table, first, last, weights, parts, d);
-    for (; d < c.padded; d += 16) values_at<N, 1>(c, table, first, last, weights, parts, d);
+    for (; d + WIDTH * D <= c.padded; d += WIDTH * D) values_at<N, D>(c, table, first, last, weights, parts, d);
+    for (; d < c.padded; d += WIDTH) values_at<N, 1>(c, table, first, last, weights, parts, d);
 }
 
 // The same for a pair whose second slot the query does not see.
 inline void half_pair(const Cache& c, const int32_t* table, int j, uint32_t weight, Partial& part) {
     const uint16_t* pair = c.values + table[j / 8] * c.block_stride + (j % 8) * 2 * c.padded;
-    for (int d = 0; d < c.padded; d += 16) {
-        i16 line = load<i16>(pair + 2 * d) & 0xffff;
-        store(part.values + d, dot2(load<v16>(part.values + d), line, weight));
+    for (int d = 0; d < c.padded; d += WIDTH) {
+        ireg line = load<ireg>(pair + 2 * d) & 0xffff;
+        store(part.values + d, dot2(load<vreg>(part.values + d), line, weight));
     }
 }
 
@@ -117,15 +121,17 @@ inline void weigh(const Cache& c, float (*scores)[CHUNK], int begin, const Query
     }
     for (int n = 0; n < N; n++) {
         float top = parts[n].largest = largest_of(largest[n]);
-        v16 total{};
+        vreg total[PARTS] = {};
         for (int i = 0; i < count; i += TILE) {
-            v16 weight = exp_here(load<v16>(scores[n] + i) - top);
-            u16 bits = (u16)weight;
-            bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;  // to bf16: what is summed is what is multiplied
-            total = total + (v16)bits;
-            store(weights[n] + i / 2, __builtin_convertvector(bits >> 16, h16));
+            UNROLL for (int p = 0; p < PARTS; p++) {
+                vreg weight = exp_here(load<vreg>(scores[n] + i + WIDTH * p) - top);
+                ureg bits = (ureg)weight;
+                bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;  // to bf16: what is summed is what is multiplied
+                total[p] = total[p] + (vreg)bits;
+                store((uint16_t*)weights[n] + i + WIDTH * p, __builtin_convertvector(bits >> 16, hreg));
+            }
         }
-        parts[n].total = sum_of(total);
+        parts[n].total = sum_of(load<v16>(total));
     }
 }
 

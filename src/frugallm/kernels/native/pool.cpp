@@ -53,7 +53,7 @@ Pool::~Pool() {
 
 void Pool::run(Job job, void* context) {
     std::lock_guard<std::mutex> turn(one_at_a_time_);
-    FlushDenormals flush;
+    [[maybe_unused]] FlushDenormals flush;
     if (process_ != long(getpid())) {
         int threads = size();
         new std::vector<std::thread>(std::move(workers_));  // nothing may touch threads that are not in this process
@@ -74,7 +74,7 @@ void Pool::run(Job job, void* context) {
 }
 
 void Pool::work(int thread) {
-    FlushDenormals flush;
+    [[maybe_unused]] FlushDenormals flush;
     uint64_t seen = 0;
     for (;;) {
         for (int spins = 0; spins < SPINS_BETWEEN_STEPS && epoch_.load(std::memory_order_acquire) == seen; spins++) pause();

@@ -21,6 +21,21 @@ typedef uint32_t u16 __attribute__((vector_size(64), aligned(64)));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(32)));
 typedef int8_t b16 __attribute__((vector_size(16), aligned(16)));
 
+// As many lanes as a register holds. Compilers cut wider ones up, but shift them lane by lane.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+typedef float vreg __attribute__((vector_size(32), aligned(32)));
+typedef int32_t ireg __attribute__((vector_size(32), aligned(32)));
+typedef uint32_t ureg __attribute__((vector_size(32), aligned(32)));
+typedef uint16_t hreg __attribute__((vector_size(16), aligned(16)));
+#else
+typedef v16 vreg;
+typedef i16 ireg;
+typedef u16 ureg;
+typedef h16 hreg;
+#endif
+constexpr int WIDTH = sizeof(vreg) / 4;
+constexpr int PARTS = 16 / WIDTH;
+
 template <class V>
 inline V load(const void* from) {
     V v;
@@ -45,7 +60,10 @@ inline v16 all_lanes(float x) { return v16{} + x; }
 inline i16 all_int(int32_t x) { return i16{} + x; }
 inline v16 as_float(i16 x) { return (v16)x; }
 inline i16 as_int(v16 x) { return (i16)x; }
-inline v16 max_of(v16 a, v16 b) { return a > b ? a : b; }
+template <class V>
+inline V max_of(V a, V b) {
+    return a > b ? a : b;
+}
 
 template <class T>
 inline T read(const void* from) {
@@ -121,22 +139,24 @@ inline float number_at(const void* base, int64_t index, int32_t type) { return n
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, ties to even
 
 // exp(x) for x <= 88 or so, a polynomial of degree 6 over [-ln 2 / 2, ln 2 / 2]; 0 below -60.
-__attribute__((always_inline)) inline v16 exp_here(v16 x) {
-    v16 n = x * 1.44269504088896341f + ROUND;
-    i16 shift = (as_int(n) - 0x4B400000) << 23;
+template <class V>
+__attribute__((always_inline)) inline V exp_here(V x) {
+    typedef decltype(x < x) I;  // whole numbers, as many
+    V n = x * 1.44269504088896341f + ROUND;
+    I shift = ((I)n - 0x4B400000) << 23;
     n = n - ROUND;
-    v16 r = x - n * 0.693359375f;
+    V r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    v16 p = all_lanes(1.9875691500e-4f);
+    V p = V{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    v16 y = p * (r * r) + r;
+    V y = p * (r * r) + r;
     y = y + 1.0f;
-    y = as_float(as_int(y) + shift);
-    return x < -60.0f ? v16{} : y;
+    y = (V)((I)y + shift);
+    return x < -60.0f ? V{} : y;
 }
 
 __attribute__((noinline)) v16 exp_of(v16 x) { return exp_here(x); }  // where registers are short
@@ -186,17 +206,20 @@ constexpr int BYTE_OFFSET = 128;
 
 // ----------------------------------------------------------------------------------------------- products of bf16
 
-// sum + products of sixteen pairs of bf16 (64 bytes) with one pair.
-inline v16 dot2(v16 sum, i16 weights, uint32_t pair) {
+// sum + products of pairs of bf16, as many as there are lanes, with one pair.
 #if defined(__AVX512BF16__)
+inline v16 dot2(v16 sum, i16 weights, uint32_t pair) {
     return (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)weights, (__m512bh)_mm512_set1_epi32(int32_t(pair)));
-#else
-    uint32_t low = pair << 16, high = pair & 0xffff0000u;
-    v16 even = as_float(weights << 16) * read<float>(&low);
-    v16 odd = as_float(weights & int32_t(0xffff0000u)) * read<float>(&high);
-    return (sum + odd) + even;  // as the instruction does it
-#endif
 }
+#else
+template <class V, class I>
+inline V dot2(V sum, I weights, uint32_t pair) {
+    uint32_t low = pair << 16, high = pair & 0xffff0000u;
+    V even = (V)(weights << 16) * read<float>(&low);
+    V odd = (V)(weights & int32_t(0xffff0000u)) * read<float>(&high);
+    return (sum + odd) + even;  // as the instruction does it
+}
+#endif
 
 }  // namespace
 }  // namespace frugal
