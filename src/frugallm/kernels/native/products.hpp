@@ -11,8 +11,8 @@ namespace {
 #define FRUGAL_BLOCKS(X) X(12) X(8) X(6) X(4) X(3) X(2) X(1)
 constexpr int LARGEST = 12;
 #else
-#define FRUGAL_BLOCKS(X) X(4) X(2) X(1)
-constexpr int LARGEST = 4;
+#define FRUGAL_BLOCKS(X) X(8) X(4) X(2) X(1)
+constexpr int LARGEST = 8;
 #endif
 constexpr int AHEAD = 4096;  // bytes of weights between what is multiplied and what is fetched: memory takes that long
 constexpr int64_t CHUNK_BYTES = 256 << 10;  // weights that stay in the second cache while rows pass
@@ -104,43 +104,27 @@ void prepare(const Linear& w, const float* x, int64_t x_stride, int64_t first, i
     }
 }
 
-// Add the exact sums of products of codes, sixteen rows by M rows of activations, whose words lie in one sixteen.
+// Add the exact sums of products of codes, as many rows as there are lanes by M rows of activations, whose words lie in one
+// sixteen.
 template <int M, int KIND>
-inline void add_sums(const uint8_t* line, int lines, const uint32_t* x, i16* sum) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i ones = _mm256_set1_epi16(1), nibble = _mm256_set1_epi8(15);
-    __m256i first[M], second[M];  // rows 0 to 7 and 8 to 15
-    UNROLL for (int m = 0; m < M; m++) {
-        std::memcpy(first + m, sum + m, 32);
-        std::memcpy(second + m, (char*)(sum + m) + 32, 32);
-    }
+inline void add_sums(const uint8_t* line, int lines, const uint32_t* x, ireg* sum) {
     for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 : 1) {
         __builtin_prefetch(line + AHEAD);
-        __m256i a = _mm256_loadu_si256((const __m256i*)line), b = _mm256_loadu_si256((const __m256i*)(line + 32));
+        ireg v = load<ireg>(line);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+        const ireg nibbles = ireg{} + 0x0f0f0f0f;
+        __m256i low = (__m256i)(v & nibbles), high = (__m256i)((v >> 4) & nibbles);
         UNROLL for (int m = 0; m < M; m++) {
             __m256i q = _mm256_set1_epi32(int32_t(x[WORDS * m]));
             if (KIND == INT8) {
-                first[m] = _mm256_add_epi32(first[m], signed_dot4(a, q));
-                second[m] = _mm256_add_epi32(second[m], signed_dot4(b, q));
+                sum[m] = sum[m] + (ireg)signed_dot4((__m256i)v, q);
                 continue;
             }
             __m256i r = _mm256_set1_epi32(int32_t(x[WORDS * m + 1]));  // four products of 15 * 127 fit into 16 bits
-            __m256i low = _mm256_maddubs_epi16(_mm256_and_si256(a, nibble), q);
-            __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(a, 4), nibble), r);
-            first[m] = _mm256_add_epi32(first[m], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
-            low = _mm256_maddubs_epi16(_mm256_and_si256(b, nibble), q);
-            high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(b, 4), nibble), r);
-            second[m] = _mm256_add_epi32(second[m], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
+            __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, q), _mm256_maddubs_epi16(high, r));
+            sum[m] = sum[m] + (ireg)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
         }
-    }
-    UNROLL for (int m = 0; m < M; m++) {
-        std::memcpy(sum + m, first + m, 32);
-        std::memcpy((char*)(sum + m) + 32, second + m, 32);
-    }
 #else
-    for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 : 1) {
-        __builtin_prefetch(line + AHEAD);
-        i16 v = load<i16>(line);
         if (KIND == INT8) {
             UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], v, x + WORDS * m);
             continue;
@@ -148,43 +132,44 @@ inline void add_sums(const uint8_t* line, int lines, const uint32_t* x, i16* sum
         i16 low = v & 0x0f0f0f0f, high = (v >> 4) & 0x0f0f0f0f;
         UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], low, x + WORDS * m);
         UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], high, x + WORDS * m + 1);
-    }
 #endif
+    }
 }
 
-// acc[m] = sum over groups, first to last, of (scale of the row's weights * scale of the inputs) * (exact sum of products).
+// acc[m] = sum over groups, first to last, of (scale of the row's weights * scale of the inputs) * (exact sum of products),
+// for rows of a tile from number `lane` on.
 template <int M, int KIND>
-inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, int tile, v16* acc) {
+inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, int tile, int lane, vreg* acc) {
     constexpr int words = KIND == INT4 ? 2 : 1;  // of a line
     const int each = w.group / 4;
-    const uint8_t* line = w.lines + int64_t(tile) * w.groups * (each / words) * 64;
+    const uint8_t* line = w.lines + int64_t(tile) * w.groups * (each / words) * 64 + 4 * lane;
     const uint32_t* x = in.words + row * in.stride;
     const float* scales = in.scales + row * in.group_stride;
     const int32_t* sums = in.sums + row * in.group_stride;
     const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
     const int32_t offset = offset_of(w);
-    UNROLL for (int m = 0; m < M; m++) acc[m] = v16{};
-    int64_t at = int64_t(tile) * w.groups * TILE;
+    UNROLL for (int m = 0; m < M; m++) acc[m] = vreg{};
+    int64_t at = int64_t(tile) * w.groups * TILE + lane;
     for (int g = 0; g < w.groups; g++, at += TILE, scales += M, sums += M) {
-        i16 sum[M];
-        UNROLL for (int m = 0; m < M; m++) sum[m] = w.zero_type == NONE ? all_int(sums[m]) : i16{};
+        ireg sum[M];
+        UNROLL for (int m = 0; m < M; m++) sum[m] = ireg{} + (w.zero_type == NONE ? sums[m] : 0);
         for (int k = g * each, next; k < (g + 1) * each; k = next) {
             next = k / WORDS * WORDS + WORDS;
             next = next < (g + 1) * each ? next : (g + 1) * each;
             add_sums<M, KIND>(line, (next - k) / words, x + word_at(k, 0, M), sum);
             line += (next - k) / words * 64;
         }
-        v16 scale = numbers(w.scales, at, w.scale_type);
+        vreg scale = numbers<vreg>(w.scales, at, w.scale_type);
         if (w.zero_type == NUM_INT8) {
-            i16 zero = __builtin_convertvector(load<b16>((const int8_t*)w.zeros + at), i16) + offset;
+            ireg zero = __builtin_convertvector(load<breg>((const int8_t*)w.zeros + at), ireg) + offset;
             UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - zero * sums[m];
         } else if (minima) {
             UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - offset * sums[m];
         }
         UNROLL for (int m = 0; m < M; m++)
-            acc[m] = acc[m] + __builtin_convertvector(sum[m], v16) * (scale * scales[m]);
+            acc[m] = acc[m] + __builtin_convertvector(sum[m], vreg) * (scale * scales[m]);
         if (minima) {
-            v16 least = numbers(w.zeros, at, w.zero_type);
+            vreg least = numbers<vreg>(w.zeros, at, w.zero_type);
             UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + least * (float(sums[m]) * scales[m]);
         }
     }
@@ -192,36 +177,40 @@ inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, in
 
 // acc[m] = (sum over even lines) + (sum over odd lines), a line at a time.
 template <int M, int KIND>
-inline void products_of_floats(const Linear& w, const Inputs& in, int64_t row, int tile, v16* acc) {
+inline void products_of_floats(const Linear& w, const Inputs& in, int64_t row, int tile, int lane, vreg* acc) {
     const int64_t lines = int64_t(w.groups) * 2;
-    const uint8_t* line = w.lines + int64_t(tile) * lines * 64;
+    const uint8_t* line = w.lines + int64_t(tile) * lines * 64 + 4 * lane;
     const uint32_t* x = in.words + row * in.stride;
-    v16 odd[M];
-    UNROLL for (int m = 0; m < M; m++) acc[m] = odd[m] = v16{};
+    vreg odd[M];
+    UNROLL for (int m = 0; m < M; m++) acc[m] = odd[m] = vreg{};
     for (int64_t l = 0; l < lines; l += 2, line += 128) {
         const uint32_t* words = x + word_at(l, 0, M);
         __builtin_prefetch(line + AHEAD), __builtin_prefetch(line + AHEAD + 64);
-        i16 first = load<i16>(line), second = load<i16>(line + 64);
+        ireg first = load<ireg>(line), second = load<ireg>(line + 64);
         if (KIND == BF16) {
             UNROLL for (int m = 0; m < M; m++) acc[m] = dot2(acc[m], first, words[WORDS * m]);
             UNROLL for (int m = 0; m < M; m++) odd[m] = dot2(odd[m], second, words[WORDS * m + 1]);
         } else {
-            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + as_float(first) * read<float>(words + WORDS * m);
-            UNROLL for (int m = 0; m < M; m++) odd[m] = odd[m] + as_float(second) * read<float>(words + WORDS * m + 1);
+            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + (vreg)first * read<float>(words + WORDS * m);
+            UNROLL for (int m = 0; m < M; m++) odd[m] = odd[m] + (vreg)second * read<float>(words + WORDS * m + 1);
         }
     }
     UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + odd[m];
 }
 
 template <int M, int KIND>
-inline void products(const Linear& w, const Inputs& in, int64_t row, int tile, v16* acc) {
-    if (KIND == INT4 || KIND == INT8)
-        products_of_codes<M, KIND>(w, in, row, tile, acc);
-    else
-        products_of_floats<M, KIND>(w, in, row, tile, acc);
-    if (w.bias != nullptr) {
-        v16 bias = load<v16>(w.bias + int64_t(tile) * TILE);
-        UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + bias;
+inline void products(const Linear& w, const Inputs& in, int64_t row, int tile, v16* out) {
+    for (int lane = 0; lane < TILE; lane += WIDTH) {
+        vreg acc[M];
+        if (KIND == INT4 || KIND == INT8)
+            products_of_codes<M, KIND>(w, in, row, tile, lane, acc);
+        else
+            products_of_floats<M, KIND>(w, in, row, tile, lane, acc);
+        if (w.bias != nullptr) {
+            vreg bias = load<vreg>(w.bias + int64_t(tile) * TILE + lane);
+            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + bias;
+        }
+        UNROLL for (int m = 0; m < M; m++) store((float*)(out + m) + lane, acc[m]);
     }
 }
 

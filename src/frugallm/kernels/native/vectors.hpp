@@ -23,15 +23,32 @@ typedef int8_t b16 __attribute__((vector_size(16), aligned(16)));
 
 // As many lanes as a register holds. Compilers cut wider ones up, but shift them lane by lane.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-typedef float vreg __attribute__((vector_size(32), aligned(32)));
-typedef int32_t ireg __attribute__((vector_size(32), aligned(32)));
-typedef uint32_t ureg __attribute__((vector_size(32), aligned(32)));
-typedef uint16_t hreg __attribute__((vector_size(16), aligned(16)));
+typedef float vreg __attribute__((vector_size(32)));
+typedef int32_t ireg __attribute__((vector_size(32)));
+typedef uint32_t ureg __attribute__((vector_size(32)));
+typedef uint16_t hreg __attribute__((vector_size(16)));
+typedef int8_t breg __attribute__((vector_size(8)));
 #else
 typedef v16 vreg;
 typedef i16 ireg;
 typedef u16 ureg;
 typedef h16 hreg;
+typedef b16 breg;
+#endif
+
+template <class V>
+struct Like {  // as many numbers of other types
+    typedef i16 I;
+    typedef u16 U;
+    typedef h16 H;
+};
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <>
+struct Like<vreg> {
+    typedef ireg I;
+    typedef ureg U;
+    typedef hreg H;
+};
 #endif
 constexpr int WIDTH = sizeof(vreg) / 4;
 constexpr int PARTS = 16 / WIDTH;
@@ -57,7 +74,6 @@ inline v16 first_of(const float* x, int count) {
 }
 
 inline v16 all_lanes(float x) { return v16{} + x; }
-inline i16 all_int(int32_t x) { return i16{} + x; }
 inline v16 as_float(i16 x) { return (v16)x; }
 inline i16 as_int(v16 x) { return (i16)x; }
 template <class V>
@@ -99,8 +115,6 @@ inline float largest_of(v16 v) {
     return over_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-inline v16 from_bf16(h16 x) { return as_float((i16)(__builtin_convertvector(x, u16) << 16)); }
-
 inline uint16_t bf16_of(float x) {  // to nearest, ties to even; NaN stays one
     uint32_t u = read<uint32_t>(&x);
     if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t((u >> 16) | 0x40);
@@ -114,34 +128,49 @@ inline h16 bf16_lanes(v16 x) {
     return __builtin_convertvector(found, h16);
 }
 
-inline v16 from_f16(const void* from) {
+template <class V>
+inline V from_bf16(const uint16_t* from) {
+    typedef typename Like<V>::U U;
+    typedef typename Like<V>::H H;
+    return (V)(__builtin_convertvector(load<H>(from), U) << 16);
+}
+
+template <class V>
+inline V from_f16(const uint16_t* from) {
 #if defined(__AVX512F__)
-    return (v16)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
+    static_assert(sizeof(V) == 64, "one register");
+    return (V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)from));
 #else
-    u16 h = __builtin_convertvector(load<h16>(from), u16);
-    u16 sign = (h & 0x8000u) << 16, bits = h & 0x7fffu;
-    v16 normal = (v16)((bits << 13) + (112u << 23));
-    v16 small = __builtin_convertvector((i16)bits, v16) * 5.9604644775390625e-8f;  // 2^-24
-    u16 magnitude = bits < 0x400u ? (u16)small : (u16)normal;
-    return (v16)(magnitude | sign);
+    typedef typename Like<V>::U U;
+    typedef typename Like<V>::I I;
+    typedef typename Like<V>::H H;
+    U h = __builtin_convertvector(load<H>(from), U);
+    U sign = (h & 0x8000u) << 16, bits = h & 0x7fffu;
+    V normal = (V)((bits << 13) + (112u << 23));
+    V small = __builtin_convertvector((I)bits, V) * 5.9604644775390625e-8f;  // 2^-24
+    U magnitude = bits < 0x400u ? (U)small : (U)normal;
+    return (V)(magnitude | sign);
 #endif
 }
 
-// Sixteen stored scales or minima.
-inline v16 numbers(const void* base, int64_t index, int32_t type) {
-    if (type == NUM_BF16) return from_bf16(load<h16>((const uint16_t*)base + index));
-    if (type == NUM_F16) return from_f16((const uint16_t*)base + index);
-    return load<v16>((const float*)base + index);
+// Stored scales or minima, as many as there are lanes.
+template <class V>
+inline V numbers(const void* base, int64_t index, int32_t type) {
+    if (type == NUM_BF16) return from_bf16<V>((const uint16_t*)base + index);
+    if (type == NUM_F16) return from_f16<V>((const uint16_t*)base + index);
+    return load<V>((const float*)base + index);
 }
 
-inline float number_at(const void* base, int64_t index, int32_t type) { return numbers(base, index / 16 * 16, type)[index % 16]; }
+inline float number_at(const void* base, int64_t index, int32_t type) {
+    return numbers<v16>(base, index / 16 * 16, type)[index % 16];
+}
 
 constexpr float ROUND = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, ties to even
 
 // exp(x) for x <= 88 or so, a polynomial of degree 6 over [-ln 2 / 2, ln 2 / 2]; 0 below -60.
 template <class V>
 __attribute__((always_inline)) inline V exp_here(V x) {
-    typedef decltype(x < x) I;  // whole numbers, as many
+    typedef typename Like<V>::I I;
     V n = x * 1.44269504088896341f + ROUND;
     I shift = ((I)n - 0x4B400000) << 23;
     n = n - ROUND;
