@@ -198,6 +198,11 @@ inline void products_of_floats(const Linear& w, const Inputs& in, int64_t row, i
     UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + odd[m];
 }
 
+inline void put(v16& out, int, v16 all) { out = all; }  // stays in its register
+#if defined(__AVX2__) && !defined(__AVX512F__)
+inline void put(v16& out, int lane, vreg some) { store((float*)&out + lane, some); }
+#endif
+
 template <int M, int KIND>
 inline void products(const Linear& w, const Inputs& in, int64_t row, int tile, v16* out) {
     for (int lane = 0; lane < TILE; lane += WIDTH) {
@@ -210,7 +215,7 @@ inline void products(const Linear& w, const Inputs& in, int64_t row, int tile, v
             vreg bias = load<vreg>(w.bias + int64_t(tile) * TILE + lane);
             UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + bias;
         }
-        UNROLL for (int m = 0; m < M; m++) store((float*)(out + m) + lane, acc[m]);
+        UNROLL for (int m = 0; m < M; m++) put(out[m], lane, acc[m]);
     }
 }
 
