@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -233,8 +234,10 @@ def pace(side: Side, prompt: Ids, tokens: int) -> float:
 
 
 def rates(side: Side, ids: dict[str, Any], answer: int) -> dict[str, float]:
-    """Return the rates of a prompt that is read, of one answer and of a batch, in tokens a second."""
-    found = {"prefill": len(ids["prefill"]) / first_after(side, ids["prefill"])}
+    """Return the rates of a prompt that is read (the median), of one answer and of a batch, in tokens a second."""
+    found = {
+        "prefill": statistics.median(len(prompt) / first_after(side, prompt) for prompt in ids["prefill"])
+    }
     found["decode"] = pace(side, ids["decode"], answer)
     begin = time.perf_counter()
     end = side.write(ids["batch"], answer)[-1]

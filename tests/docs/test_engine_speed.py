@@ -34,7 +34,7 @@ class Pretended:
 
 
 def prompts(first):
-    return {"prefill": [first] * 6, "decode": [first] * 2, "batch": [[first], [first + 1]]}
+    return {"prefill": [[first] * 6] * 3, "decode": [first] * 2, "batch": [[first], [first + 1]]}
 
 
 def test_a_side_is_asked_on_other_ids_before_it_is_timed():
@@ -43,9 +43,9 @@ def test_a_side_is_asked_on_other_ids_before_it_is_timed():
     side = Pretended()
     request = {"warm": prompts(1), "timed": prompts(5), "answer": 4}
     found = peer_engine.work(side, request)
-    assert [len(p) for p, _ in side.asked] == [1, 1, 2] * 2
-    assert [p[0][0] for p, _ in side.asked] == [1] * 3 + [5] * 3
-    assert [tokens for _, tokens in side.asked] == [1, 5, 4] * 2
+    assert [len(p) for p, _ in side.asked] == [1, 1, 1, 1, 2] * 2
+    assert [p[0][0] for p, _ in side.asked] == [1] * 5 + [5] * 5
+    assert [tokens for _, tokens in side.asked] == [1, 1, 1, 5, 4] * 2
     assert found["decode"] == 1.0  # four tokens in four of its seconds
     assert list(found) == ["prefill", "decode", "batch"]
 
@@ -57,7 +57,7 @@ def test_shared_prompts_come_after_what_they_share_and_one_that_shares_nothing()
     shared = {"alone": [7], "before": [8], "sharing": [9]}
     request = {"warm": prompts(1), "timed": prompts(5), "answer": 4, "shared": shared}
     found = peer_engine.work(side, request)
-    assert [p[0][0] for p, _ in side.asked[6:]] == [7, 8, 9]
+    assert [p[0][0] for p, _ in side.asked[10:]] == [7, 8, 9]
     assert {"alone_seconds", "shared_seconds"} <= set(found)
 
 

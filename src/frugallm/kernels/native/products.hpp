@@ -15,6 +15,8 @@ constexpr int LARGEST = 12;
 constexpr int LARGEST = 8;
 #endif
 constexpr int AHEAD = 4096;  // bytes of weights between what is multiplied and what is fetched: memory takes that long
+constexpr bool PAIRS = PARTS == 1 && LARGEST == 12;  // registers for two tiles at once
+constexpr int64_t UNPACK_ROWS = 128;  // of inputs, for which codes of 4 bits are unpacked beforehand
 constexpr int64_t CHUNK_BYTES = 256 << 10;  // weights that stay in the second cache while rows pass
 
 struct RowBlock {
@@ -104,74 +106,75 @@ void prepare(const Linear& w, const float* x, int64_t x_stride, int64_t first, i
     }
 }
 
-// Add the exact sums of products of codes, as many rows as there are lanes by M rows of activations, whose words lie in one
-// sixteen.
-template <int M, int KIND>
-inline void add_sums(const uint8_t* line, int lines, const uint32_t* x, ireg* sum) {
+// Add the exact sums of products of codes: T tiles, which lie `apart` bytes from each other, as many rows of each as there are
+// lanes, by M rows of activations, whose words lie in one sixteen.
+template <int M, int T, int KIND>
+inline void add_sums(const uint8_t* line, int64_t apart, int lines, const uint32_t* x, ireg (*sum)[M]) {
     for (int l = 0; l < lines; l++, line += 64, x += KIND == INT4 ? 2 : 1) {
-        __builtin_prefetch(line + AHEAD);
-        ireg v = load<ireg>(line);
-#if defined(__AVX2__) && !defined(__AVX512F__)
-        const ireg nibbles = ireg{} + 0x0f0f0f0f;
-        __m256i low = (__m256i)(v & nibbles), high = (__m256i)((v >> 4) & nibbles);
-        UNROLL for (int m = 0; m < M; m++) {
-            __m256i q = _mm256_set1_epi32(int32_t(x[WORDS * m]));
-            if (KIND == INT8) {
-                sum[m] = sum[m] + (ireg)signed_dot4((__m256i)v, q);
-                continue;
-            }
-            __m256i r = _mm256_set1_epi32(int32_t(x[WORDS * m + 1]));  // four products of 15 * 127 fit into 16 bits
-            __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(low, q), _mm256_maddubs_epi16(high, r));
-            sum[m] = sum[m] + (ireg)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        ireg v[T];
+        UNROLL for (int t = 0; t < T; t++) {
+            __builtin_prefetch(line + t * apart + AHEAD);
+            v[t] = load<ireg>(line + t * apart);
         }
-#else
         if (KIND == INT8) {
-            UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], v, x + WORDS * m);
+            UNROLL for (int m = 0; m < M; m++) {
+                UNROLL for (int t = 0; t < T; t++) sum[t][m] = dot4(sum[t][m], v[t], x + WORDS * m);
+            }
             continue;
         }
-        i16 low = v & 0x0f0f0f0f, high = (v >> 4) & 0x0f0f0f0f;
-        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], low, x + WORDS * m);
-        UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], high, x + WORDS * m + 1);
-#endif
+        UNROLL for (int t = 0; t < T; t++) {
+            ireg low = v[t] & 0x0f0f0f0f, high = (v[t] >> 4) & 0x0f0f0f0f;
+            dot8<M>(sum[t], low, high, x);
+        }
     }
 }
 
-// acc[m] = sum over groups, first to last, of (scale of the row's weights * scale of the inputs) * (exact sum of products),
-// for rows of a tile from number `lane` on.
-template <int M, int KIND>
-inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, int tile, int lane, vreg* acc) {
+// acc[m] += (scale of the row's weights * scale of the inputs) * (exact sum of products), for group g.
+template <int M>
+inline void add_group(const Linear& w, int32_t offset, int64_t at, const float* scales, const int32_t* sums, ireg* sum, vreg* acc) {
+    const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
+    vreg scale = numbers<vreg>(w.scales, at, w.scale_type);
+    if (w.zero_type == NUM_INT8) {
+        ireg zero = __builtin_convertvector(load<breg>((const int8_t*)w.zeros + at), ireg) + offset;
+        UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - zero * sums[m];
+    } else if (minima) {
+        UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - offset * sums[m];
+    }
+    UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + __builtin_convertvector(sum[m], vreg) * (scale * scales[m]);
+    if (minima) {
+        vreg least = numbers<vreg>(w.zeros, at, w.zero_type);
+        UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + least * (float(sums[m]) * scales[m]);
+    }
+}
+
+// acc[t][m]: groups from the first to the last, for T tiles, of each the rows from number `lane` on, and M rows of a block of B
+// from its row `skip` on.
+template <int M, int B, int T, int KIND>
+inline void products_of_codes(const Linear& w, const Inputs& in, int64_t row, int skip, int tile, int lane, vreg (*acc)[M]) {
     constexpr int words = KIND == INT4 ? 2 : 1;  // of a line
     const int each = w.group / 4;
-    const uint8_t* line = w.lines + int64_t(tile) * w.groups * (each / words) * 64 + 4 * lane;
-    const uint32_t* x = in.words + row * in.stride;
-    const float* scales = in.scales + row * in.group_stride;
-    const int32_t* sums = in.sums + row * in.group_stride;
-    const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
+    const int64_t apart = int64_t(w.groups) * (each / words) * 64, groups = w.groups;
+    const uint8_t* line = w.lines + tile * apart + 4 * lane;
+    const uint32_t* x = in.words + row * in.stride + WORDS * skip;
+    const float* scales = in.scales + row * in.group_stride + skip;
+    const int32_t* sums = in.sums + row * in.group_stride + skip;
+    UNROLL for (int t = 0; t < T; t++) {
+        UNROLL for (int m = 0; m < M; m++) acc[t][m] = vreg{};
+    }
     const int32_t offset = offset_of(w);
-    UNROLL for (int m = 0; m < M; m++) acc[m] = vreg{};
-    int64_t at = int64_t(tile) * w.groups * TILE + lane;
-    for (int g = 0; g < w.groups; g++, at += TILE, scales += M, sums += M) {
-        ireg sum[M];
-        UNROLL for (int m = 0; m < M; m++) sum[m] = ireg{} + (w.zero_type == NONE ? sums[m] : 0);
+    int64_t at = tile * groups * TILE + lane;
+    for (int g = 0; g < groups; g++, at += TILE, scales += B, sums += B) {
+        ireg sum[T][M];
+        UNROLL for (int t = 0; t < T; t++) {
+            UNROLL for (int m = 0; m < M; m++) sum[t][m] = ireg{} + (w.zero_type == NONE ? sums[m] : 0);
+        }
         for (int k = g * each, next; k < (g + 1) * each; k = next) {
             next = k / WORDS * WORDS + WORDS;
             next = next < (g + 1) * each ? next : (g + 1) * each;
-            add_sums<M, KIND>(line, (next - k) / words, x + word_at(k, 0, M), sum);
+            add_sums<M, T, KIND>(line, apart, (next - k) / words, x + word_at(k, 0, B), sum);
             line += (next - k) / words * 64;
         }
-        vreg scale = numbers<vreg>(w.scales, at, w.scale_type);
-        if (w.zero_type == NUM_INT8) {
-            ireg zero = __builtin_convertvector(load<breg>((const int8_t*)w.zeros + at), ireg) + offset;
-            UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - zero * sums[m];
-        } else if (minima) {
-            UNROLL for (int m = 0; m < M; m++) sum[m] = sum[m] - offset * sums[m];
-        }
-        UNROLL for (int m = 0; m < M; m++)
-            acc[m] = acc[m] + __builtin_convertvector(sum[m], vreg) * (scale * scales[m]);
-        if (minima) {
-            vreg least = numbers<vreg>(w.zeros, at, w.zero_type);
-            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + least * (float(sums[m]) * scales[m]);
-        }
+        UNROLL for (int t = 0; t < T; t++) add_group<M>(w, offset, at + t * groups * TILE, scales, sums, sum[t], acc[t]);
     }
 }
 
@@ -203,36 +206,62 @@ inline void put(v16& out, int, v16 all) { out = all; }  // stays in its register
 inline void put(v16& out, int lane, vreg some) { store((float*)&out + lane, some); }
 #endif
 
-template <int M, int KIND>
-inline void products(const Linear& w, const Inputs& in, int64_t row, int tile, v16* out) {
+// T tiles times M rows of a block of B from its row `skip` on.
+template <int M, int B, int T, int KIND>
+inline void products(const Linear& w, const Inputs& in, int64_t row, int skip, int tile, v16 (*out)[M]) {
     for (int lane = 0; lane < TILE; lane += WIDTH) {
-        vreg acc[M];
-        if (KIND == INT4 || KIND == INT8)
-            products_of_codes<M, KIND>(w, in, row, tile, lane, acc);
+        vreg acc[T][M];
+        if constexpr (KIND == INT4 || KIND == INT8)
+            products_of_codes<M, B, T, KIND>(w, in, row, skip, tile, lane, acc);
         else
-            products_of_floats<M, KIND>(w, in, row, tile, lane, acc);
-        if (w.bias != nullptr) {
-            vreg bias = load<vreg>(w.bias + int64_t(tile) * TILE + lane);
-            UNROLL for (int m = 0; m < M; m++) acc[m] = acc[m] + bias;
+            products_of_floats<M, KIND>(w, in, row, tile, lane, acc[0]);
+        UNROLL for (int t = 0; t < T; t++) {
+            if (w.bias != nullptr) {
+                vreg bias = load<vreg>(w.bias + int64_t(tile + t) * TILE + lane);
+                UNROLL for (int m = 0; m < M; m++) acc[t][m] = acc[t][m] + bias;
+            }
+            UNROLL for (int m = 0; m < M; m++) put(out[t][m], lane, acc[t][m]);
         }
-        UNROLL for (int m = 0; m < M; m++) put(out[m], lane, acc[m]);
     }
+}
+
+template <int M>
+inline void put_rows(const v16* rows, float* to, int64_t stride, int epilogue) {
+    for (int m = 0; m < M; m++, to += stride) store(to, epilogue == ADD ? load<v16>(to) + rows[m] : rows[m]);
+}
+
+template <int M>
+inline void put_gated(const v16* gate, const v16* up, float* to, int64_t stride) {
+    for (int m = 0; m < M; m++, to += stride) store(to, silu_of(gate[m]) * up[m]);
 }
 
 template <int M, int KIND>
 void row_block(const Linear& w, const Inputs& in, int64_t row, int first, int last, float* to, int64_t stride, int epilogue) {
-    v16 acc[M], up[M];
-    for (int tile = first; tile < last; tile += epilogue == SILU_MUL ? 2 : 1) {
-        products<M, KIND>(w, in, row, tile, acc);
-        int64_t column = int64_t(tile - first) * TILE;
-        if (epilogue == SILU_MUL) {  // even tiles hold the gate, odd ones what it multiplies
-            products<M, KIND>(w, in, row, tile + 1, up);
-            for (int m = 0; m < M; m++) acc[m] = silu_of(acc[m]) * up[m];
-            column /= 2;
+    int tile = first;
+    if constexpr (PAIRS && M == LARGEST && KIND == INT8) {  // an input is fetched once for two tiles
+        constexpr int HALF = M / 2;
+        for (; tile + 2 <= last; tile += 2, to += epilogue == SILU_MUL ? TILE : 2 * TILE) {
+            for (int skip = 0; skip < M; skip += HALF) {
+                v16 two[2][HALF];
+                float* place = to + skip * stride;
+                products<HALF, M, 2, KIND>(w, in, row, skip, tile, two);
+                if (epilogue == SILU_MUL) {
+                    put_gated<HALF>(two[0], two[1], place, stride);
+                    continue;
+                }
+                put_rows<HALF>(two[0], place, stride, epilogue);
+                put_rows<HALF>(two[1], place + TILE, stride, epilogue);
+            }
         }
-        for (int m = 0; m < M; m++) {
-            float* place = to + m * stride + column;
-            store(place, epilogue == ADD ? load<v16>(place) + acc[m] : acc[m]);
+    }
+    for (; tile < last; to += TILE) {
+        v16 one[1][M], up[1][M];
+        products<M, M, 1, KIND>(w, in, row, 0, tile++, one);
+        if (epilogue == SILU_MUL) {  // even tiles hold the gate, odd ones what it multiplies
+            products<M, M, 1, KIND>(w, in, row, 0, tile++, up);
+            put_gated<M>(one[0], up[0], to, stride);
+        } else {
+            put_rows<M>(one[0], to, stride, epilogue);
         }
     }
 }
@@ -283,10 +312,31 @@ void rows_and_tiles(const Linear& w, const Inputs& in, int64_t first_row, int64_
     }
 }
 
+// Codes of 4 bits as those of 8, once for many rows of inputs: shifts and masks are in the way of products.
+void unpack_and_multiply(const Linear& w, const Inputs& in, int64_t first_row, int64_t last_row, int first, int last, float* out,
+                         int64_t stride, int epilogue) {
+    const int64_t tile_bytes = int64_t(w.groups) * w.group * TILE;
+    const int step = int(CHUNK_BYTES / tile_bytes) / 2 * 2;
+    if (last_row - first_row < UNPACK_ROWS || step == 0)
+        return rows_and_tiles<INT4>(w, in, first_row, last_row, first, last, out, stride, epilogue);
+    alignas(64) static thread_local uint8_t codes[CHUNK_BYTES];
+    for (int tile = first; tile < last; tile += step) {
+        int end = tile + step < last ? tile + step : last;
+        const uint8_t* line = w.lines + tile * tile_bytes / 2;
+        for (uint8_t* to = codes; to < codes + (end - tile) * tile_bytes; to += 128, line += 64) {
+            i16 v = load<i16>(line);
+            store(to, v & 0x0f0f0f0f), store(to + 64, (v >> 4) & 0x0f0f0f0f);
+        }
+        Linear wide = w;  // still of 4 bits: what codes count too much is that of these
+        wide.lines = codes - tile * tile_bytes;
+        rows_and_tiles<INT8>(wide, in, first_row, last_row, tile, end, out, stride, epilogue);
+    }
+}
+
 // Rows first_row to last_row, which begin and end with a block, times the weights of some tiles.
 void linear(const Linear& w, const Inputs& in, int64_t first_row, int64_t last_row, int first, int last, float* out,
             int64_t stride, int epilogue) {
-    auto run = w.kind == INT4   ? rows_and_tiles<INT4>
+    auto run = w.kind == INT4   ? (PAIRS ? unpack_and_multiply : rows_and_tiles<INT4>)
                : w.kind == INT8 ? rows_and_tiles<INT8>
                : w.kind == BF16 ? rows_and_tiles<BF16>
                                 : rows_and_tiles<F32>;

@@ -223,6 +223,10 @@ inline __m256i signed_dot4(__m256i stored, __m256i q) {
 }
 constexpr int BYTE_OFFSET = 0;  // what sums of bytes count too much for every input
 
+inline ireg dot4(ireg sum, ireg weights, const uint32_t* x) {
+    return sum + (ireg)signed_dot4((__m256i)weights, _mm256_set1_epi32(int32_t(*x)));
+}
+
 #else
 
 inline i16 dot4(i16 sum, i16 weights, const uint32_t* x) {
@@ -232,6 +236,21 @@ inline i16 dot4(i16 sum, i16 weights, const uint32_t* x) {
 constexpr int BYTE_OFFSET = 128;
 
 #endif
+
+// sum[m] += products of codes of 4 bits, eight inputs: words 0 and 1 of each row.
+template <int M>
+inline void dot8(ireg* sum, ireg low, ireg high, const uint32_t* x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    UNROLL for (int m = 0; m < M; m++) {  // four products of 15 * 127 fit into 16 bits
+        __m256i first = _mm256_maddubs_epi16((__m256i)low, _mm256_set1_epi32(int32_t(x[WORDS * m])));
+        __m256i second = _mm256_maddubs_epi16((__m256i)high, _mm256_set1_epi32(int32_t(x[WORDS * m + 1])));
+        sum[m] = sum[m] + (ireg)_mm256_madd_epi16(_mm256_add_epi16(first, second), _mm256_set1_epi16(1));
+    }
+#else
+    UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], low, x + WORDS * m);
+    UNROLL for (int m = 0; m < M; m++) sum[m] = dot4(sum[m], high, x + WORDS * m + 1);
+#endif
+}
 
 // ----------------------------------------------------------------------------------------------- products of bf16
 
