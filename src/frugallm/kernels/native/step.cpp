@@ -103,11 +103,11 @@ struct Stepper::Work {
     int64_t words, groups;                       // the most of any weight
     int padded;
     bool apart;  // whether what a sublayer gives is normed before it is added
-    Buffer normed_, qkv_, attended_, given_, inner_, pairs_, partials_;
-    float *normed, *qkv, *mixed, *given, *gated;
+    Buffer qkv_, attended_, given_, inner_, pairs_, partials_;
+    float *qkv, *mixed, *given, *gated;
     uint16_t* pairs;
     std::vector<InputBuffers> inputs;  // the first is everybody's, the others one thread's
-    std::vector<Buffer> own;           // one thread's normed rows
+    std::vector<Buffer> own;           // one thread's normed row
     Stream stream, wanted;  // of all tokens; of those whose logits are wanted, as nobody asks for others behind the last cache
     Items items, wanted_items;
     Partial* partials;
@@ -153,11 +153,11 @@ void Stepper::Work::begin(const Batch& b) {
     batch = b;
     stream.reserve(b.count, hidden, apart), wanted.reserve(b.rows, hidden, apart);
     int64_t most = std::max(b.count, b.rows);
-    qkv = qkv_.get<float>(b.count * projected), normed = normed_.get<float>(most * hidden);
+    qkv = qkv_.get<float>(b.count * projected);
     mixed = attended_.get<float>(most * attended), gated = inner_.get<float>(most * inner);
     pairs = pairs_.get<uint16_t>(int64_t(b.count) * m.heads * padded);
     given = given_.get<float>(apart ? most * hidden : 0);
-    for (auto& buffer : own) buffer.get<float>(ALONE * hidden);
+    for (auto& buffer : own) buffer.get<float>(hidden);
     for (auto& buffers : inputs) buffers.reserve(&buffers == &inputs[0] ? std::max<int64_t>(ALONE, most) : ALONE, words, groups);
     items.all.clear(), wanted_items.all.clear();
     for (int s = 0; s < b.sequences; s++) add_items(items, s, b.starts[s], b.starts[s + 1], b.starts[s]);
@@ -203,16 +203,16 @@ void Stepper::Work::times(const Linear& w, float* x, int64_t x_stride, int64_t r
     bool alone = rows <= ALONE;
     Inputs in = inputs[alone ? thread + 1 : 0].get(w, rows);
     Range mine = alone ? Range{0, rows} : share(rows, thread, pool.size());
-    const float* from = x;
-    if (norm != nullptr) {
-        float* to = alone ? own[thread].get<float>(0) : normed;
+    if (norm == nullptr) {
+        ops.prepare(w, x, x_stride, mine.first, mine.last, in);
+    } else {
+        float* normed = own[size_t(thread)].get<float>(0);
         for (int64_t row = mine.first; row < mine.last; row++) {
-            if (waiting != nullptr) add(waiting, row, x + row * x_stride, to + row * hidden);
-            ops.rms_norm(x + row * x_stride, norm, m.eps, m.hidden, to + row * hidden);
+            if (waiting != nullptr) add(waiting, row, x + row * x_stride, normed);
+            ops.rms_norm(x + row * x_stride, norm, m.eps, m.hidden, normed);
+            ops.prepare(w, normed, 0, row, row + 1, in);
         }
-        from = to, x_stride = hidden;
     }
-    ops.prepare(w, from, x_stride, mine.first, mine.last, in);
     if (!alone) pool.barrier();
     Range tiles = share(w.tiles, thread, pool.size(), is_gated(epilogue) ? 2 : 1);
     if (tiles.first < tiles.last)
