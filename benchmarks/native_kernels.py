@@ -36,10 +36,10 @@ def cycle(items: list[Any]) -> Callable[[], Any]:
 
 def time_linear(case: LinearCase, path: str, threads: int, limit: dict[str, float]) -> list[dict[str, Any]]:
     weight = case.weight()
-    copies = max(1, -(-COLD_BYTES // weight.nbytes)) if case.rows < 10000 else 1
+    copies = -(-COLD_BYTES // weight.nbytes)
     packed = cycle([case.weight() for _ in range(copies)])
     dense = weight.dequantize().bfloat16()
-    own = cycle([dense.clone() for _ in range(max(1, -(-COLD_BYTES // dense.nbytes)))])
+    own = cycle([dense.clone() for _ in range(-(-COLD_BYTES // dense.nbytes))])
     rows = []
     for count in TIMED_ROWS if case.rows < 10000 else TIMED_ROWS[:2]:
         x, half = case.inputs(count), case.inputs(count).bfloat16()

@@ -9,6 +9,7 @@ from frugallm.kernels.cases import ATTENTIONS, LINEARS
 PATHS = library.usable_paths()
 pytestmark = pytest.mark.skipif(not PATHS, reason="the native kernels are not built")
 SMALL = [case for case in LINEARS if not case.timed]
+MANY = 135  # rows for which codes of 4 bits are unpacked beforehand
 
 
 def apart(found, expected):
@@ -20,7 +21,7 @@ def apart(found, expected):
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
 def test_products_are_those_of_the_reference_bit_for_bit(case, path):
     weight = case.weight()
-    for rows in (1, 2, 5, 12, 31):
+    for rows in (1, 2, 5, 12, 31, MANY):
         x = case.inputs(rows)
         assert torch.equal(operations.linear(x, weight, path), reference.linear(x, weight)), rows
 
@@ -43,12 +44,13 @@ def test_a_row_depends_neither_on_rows_beside_it_nor_on_threads(case, path):
     assert torch.equal(together, alone)
 
 
+@pytest.mark.parametrize("rows", [7, 31, MANY])
+@pytest.mark.parametrize("case", [c for c in SMALL if 16 < c.rows <= 32], ids=lambda case: case.name)
 @pytest.mark.parametrize("how", reference.GATED)
 @pytest.mark.parametrize("path", PATHS)
-def test_gate_times_up_beside_the_product(path, how):
-    case = next(case for case in SMALL if case.rows == 17)  # two tiles: gate and up, the latter of one row
-    weight, x = case.weight(), case.inputs(7)
-    gate, up = torch.nn.functional.pad(operations.linear(x, weight, path), (0, 15)).chunk(2, 1)
+def test_gate_times_up_beside_the_product(path, how, case, rows):
+    weight, x = case.weight(), case.inputs(rows)  # two tiles: gate and up, the latter of fewer rows
+    gate, up = torch.nn.functional.pad(operations.linear(x, weight, path), (0, 32 - case.rows)).chunk(2, 1)
     found = operations.linear(x, weight, path, epilogue=how)
     assert torch.equal(found, operations.gated_mul(gate, up, how, path))
     assert apart(found, reference.GATED[how](gate, up)) < 1e-12

@@ -124,6 +124,7 @@ LINEARS = (
     LinearCase("int4", 21, 144, 16, "minima", _FULL),
     LinearCase("int4", 1, 40, 40, "none", _HALF),
     LinearCase("int4", 17, 256, 128, "none", _FULL),
+    LinearCase("int4", 20, 8256, 32, "points"),  # two tiles do not fit where codes are unpacked
     LinearCase("int8", 40, 128),
     LinearCase("int8", 33, 200, 32, "points", _HALF),
     LinearCase("int8", 20, 64, 32, "minima"),

@@ -34,7 +34,8 @@ def round_inputs(x: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     grouped = pad(x, (0, -width % group)).view(rows, -1, group)
     top = grouped.abs().amax(-1)
     top = torch.where(top < 1e-30, 0.0, top)
-    inverse = torch.where(top == 0, 0.0, 127.0 / top)
+    # A number over a tensor would be a product with the reciprocal, which is not always the nearest quotient.
+    inverse = torch.where(top == 0, 0.0, torch.full_like(top, 127.0) / top)
     codes = (grouped * inverse[..., None]).round().double()
     return codes, top / 127.0, codes.sum(-1)
 

@@ -15,7 +15,7 @@ constexpr int LARGEST = 12;
 constexpr int LARGEST = 8;
 #endif
 constexpr int AHEAD = 4096;  // bytes of weights between what is multiplied and what is fetched: memory takes that long
-constexpr bool PAIRS = PARTS == 1 && LARGEST == 12;  // registers for two tiles at once
+constexpr bool PAIRS = LARGEST == 12;  // registers for two tiles at once
 constexpr int64_t UNPACK_ROWS = 128;  // of inputs, for which codes of 4 bits are unpacked beforehand
 constexpr int64_t CHUNK_BYTES = 256 << 10;  // weights that stay in the second cache while rows pass
 
@@ -129,7 +129,7 @@ inline void add_sums(const uint8_t* line, int64_t apart, int lines, const uint32
     }
 }
 
-// acc[m] += (scale of the row's weights * scale of the inputs) * (exact sum of products), for group g.
+// acc[m] += (scale of the row's weights * scale of the inputs) * (exact sum of products), for one group.
 template <int M>
 inline void add_group(const Linear& w, int32_t offset, int64_t at, const float* scales, const int32_t* sums, ireg* sum, vreg* acc) {
     const bool minima = w.zero_type != NONE && w.zero_type != NUM_INT8;
@@ -202,7 +202,7 @@ inline void products_of_floats(const Linear& w, const Inputs& in, int64_t row, i
 }
 
 inline void put(v16& out, int, v16 all) { out = all; }  // stays in its register
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EIGHT_LANES)
 inline void put(v16& out, int lane, vreg some) { store((float*)&out + lane, some); }
 #endif
 

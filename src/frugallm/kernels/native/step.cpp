@@ -141,7 +141,6 @@ struct Stepper::Work {
     const int32_t* table_of(const Item& item) const { return batch.tables + int64_t(item.sequence) * batch.table_width; }
     void attend(const Cache& cache, const Items& items, int thread);
     void attend_by_chunks(const Cache& cache, const Items& items, int thread);
-    void logits(int thread);
     Cache cache_of(int layer) const;
     Cache head_of(Cache cache, int head) const {
         cache.keys += int64_t(head) * padded * BLOCK, cache.values += int64_t(head) * padded * BLOCK;

@@ -21,34 +21,33 @@ typedef uint32_t u16 __attribute__((vector_size(64), aligned(64)));
 typedef uint16_t h16 __attribute__((vector_size(32), aligned(32)));
 typedef int8_t b16 __attribute__((vector_size(16), aligned(16)));
 
-// As many lanes as a register holds. Compilers cut wider ones up, but shift them lane by lane.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-typedef float vreg __attribute__((vector_size(32)));
-typedef int32_t ireg __attribute__((vector_size(32)));
-typedef uint32_t ureg __attribute__((vector_size(32)));
-typedef uint16_t hreg __attribute__((vector_size(16)));
-typedef int8_t breg __attribute__((vector_size(8)));
-#else
-typedef v16 vreg;
-typedef i16 ireg;
-typedef u16 ureg;
-typedef h16 hreg;
-typedef b16 breg;
-#endif
-
 template <class V>
 struct Like {  // as many numbers of other types
     typedef i16 I;
     typedef u16 U;
     typedef h16 H;
 };
+
+// As many lanes as a register holds. Compilers cut wider ones up, but shift them lane by lane.
 #if defined(__AVX2__) && !defined(__AVX512F__)
+#define EIGHT_LANES
+typedef float vreg __attribute__((vector_size(32)));
+typedef int32_t ireg __attribute__((vector_size(32)));
+typedef uint32_t ureg __attribute__((vector_size(32)));
+typedef uint16_t hreg __attribute__((vector_size(16)));
+typedef int8_t breg __attribute__((vector_size(8)));
 template <>
 struct Like<vreg> {
     typedef ireg I;
     typedef ureg U;
     typedef hreg H;
 };
+#else
+typedef v16 vreg;
+typedef i16 ireg;
+typedef u16 ureg;
+typedef h16 hreg;
+typedef b16 breg;
 #endif
 constexpr int WIDTH = sizeof(vreg) / 4;
 constexpr int PARTS = 16 / WIDTH;
@@ -240,7 +239,7 @@ constexpr int BYTE_OFFSET = 128;
 // sum[m] += products of codes of 4 bits, eight inputs: words 0 and 1 of each row.
 template <int M>
 inline void dot8(ireg* sum, ireg low, ireg high, const uint32_t* x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(EIGHT_LANES)
     UNROLL for (int m = 0; m < M; m++) {  // four products of 15 * 127 fit into 16 bits
         __m256i first = _mm256_maddubs_epi16((__m256i)low, _mm256_set1_epi32(int32_t(x[WORDS * m])));
         __m256i second = _mm256_maddubs_epi16((__m256i)high, _mm256_set1_epi32(int32_t(x[WORDS * m + 1])));
